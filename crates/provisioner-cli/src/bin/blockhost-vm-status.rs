@@ -1,0 +1,2 @@
+//! `blockhost-vm-status`
+fn main() {}

@@ -1,0 +1,1 @@
+//! The shared bootstrap of the commands.

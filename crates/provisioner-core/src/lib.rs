@@ -1,0 +1,10 @@
+//! One use case per command of the suite, for any front: nothing here prints, reads the environment
+//! or ends the process. Settings and directories come in as values, progress goes out through
+//! [`progress::Progress`], and every error carries what was being done and, where known, a hint.
+
+pub mod cancel;
+pub mod error;
+pub mod paths;
+pub mod progress;
+
+pub use error::{Error, ErrorKind, Result};
