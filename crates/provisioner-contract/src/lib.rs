@@ -1,6 +1,23 @@
 //! What crosses a process border: names with their validation, the result and record formats, exit
 //! codes. No input or output happens here.
 
+pub mod exit;
 pub mod names;
+pub mod record;
+pub mod result;
+pub mod timestamp;
 
 pub use names::{InvalidName, LoginName, NftId, VmName, WalletAddress};
+pub use record::{InvalidRecord, NewRecord, Record, RecordStatus};
+pub use result::{CreateResult, CreateStatus, ListRow, VmStatus};
+pub use timestamp::{InvalidTimestamp, Timestamp};
+
+/// The JSON Schemas of what the commands print and store, by the name of the type.
+#[must_use]
+pub fn schemas() -> Vec<(&'static str, serde_json::Value)> {
+    vec![
+        ("CreateResult", schemars::schema_for!(CreateResult).to_value()),
+        ("ListRow", schemars::schema_for!(ListRow).to_value()),
+        ("Record", schemars::schema_for!(Record).to_value()),
+    ]
+}

@@ -131,3 +131,124 @@ impl NftId {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    const HOSTILE: &[&str] = &[
+        "",
+        " ",
+        "a b",
+        "a\n",
+        "\na",
+        "a\0",
+        "../a",
+        "a/b",
+        "$(id)",
+        "`id`",
+        "a;b",
+        "a'b",
+        "a\"b",
+        "a:b",
+        "a,b",
+        "a=b",
+        "ä",
+        "а",
+        "a\u{200b}",
+        "<a>",
+        "&amp;",
+        "-a-",
+        "*",
+    ];
+
+    #[test]
+    fn hostile_texts_are_refused_by_every_type() {
+        for text in HOSTILE {
+            if *text != "-a-" {
+                assert!(WalletAddress::new(text).is_err(), "{text:?}");
+            }
+            assert!(VmName::new(text).is_err(), "{text:?}");
+            assert!(NftId::new(text).is_err(), "{text:?}");
+            assert!(LoginName::new(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn names_that_look_like_yaml_values_are_names() {
+        for name in ["1", "1e3", "true", "null", "0x10", "a", "A.b_c-d", "no", &"x".repeat(64)] {
+            assert_eq!(VmName::new(name).unwrap().as_str(), name);
+        }
+        assert!(VmName::new(&"x".repeat(65)).is_err());
+        for name in [".", "..", ".a", "-a", "_a"] {
+            assert!(VmName::new(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_chains_address_is_a_wallet() {
+        for address in [
+            "0x52908400098527886E0F7030069857D2E4169EE7",
+            &format!("0x{}", "a1".repeat(32)),
+            &"ab".repeat(28),
+            "addr_test1qz2fxv2umyhttkxyxp8x0dlpdt3k6cwng5pxj3jhsydzer3jcu5d8ps7zex2k2xt3uqxgjqnnj83ws8lhrn648jjxtwq2ytjqp",
+            "9fRAWhdxEsTcdb8PhGNrZfwqa65zfkuYHAMmkQLcic1gdLSV5vA",
+            "bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4",
+        ] {
+            assert!(WalletAddress::new(address).is_ok(), "{address}");
+        }
+        assert!(WalletAddress::new(&"a".repeat(257)).is_err());
+    }
+
+    #[test]
+    fn a_login_name_is_one_useradd_takes_and_not_root() {
+        for name in ["admin", "_svc", "a-b_c9"] {
+            assert!(LoginName::new(name).is_ok(), "{name}");
+        }
+        for name in ["root", "Admin", "9a", "-a", &"a".repeat(33), "a.b", "a$"] {
+            assert!(LoginName::new(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_decimal_id_is_a_number_in_json_unless_that_would_change_its_digits() {
+        let json = |id: &str| NftId::new(id).unwrap().to_json();
+        assert_eq!(json("0"), json!(0));
+        assert_eq!(json("18446744073709551615"), json!(u64::MAX));
+        assert_eq!(json("18446744073709551616"), json!("18446744073709551616"));
+        assert_eq!(json("007"), json!("007"));
+        assert_eq!(json(&"f0".repeat(32)), json!("f0".repeat(32)));
+    }
+
+    #[test]
+    fn the_error_shows_the_value_safely_and_the_rule() {
+        let error = VmName::new("bad\nname").unwrap_err().to_string();
+        assert!(error.starts_with("VM name \"bad\\nname\" is not valid: 1 to 64"), "{error}");
+        assert!(VmName::new(&"x/".repeat(9999)).unwrap_err().to_string().len() < 250);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_accepted_is_safe_in_a_path_in_yaml_and_in_xml(text in "\\PC{0,70}|[A-Za-z0-9._-]{0,70}|.{0,5}") {
+            for accepted in [
+                VmName::new(&text).ok().map(|n| n.to_string()),
+                WalletAddress::new(&text).ok().map(|n| n.to_string()),
+                NftId::new(&text).ok().map(|n| n.to_string()),
+                LoginName::new(&text).ok().map(|n| n.to_string()),
+            ].into_iter().flatten() {
+                prop_assert_eq!(&accepted, &text);
+                prop_assert!(accepted.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)));
+                prop_assert!(!accepted.starts_with(['.', '-']));
+            }
+        }
+
+        #[test]
+        fn the_rule_is_the_pattern_of_the_contract(text in "[A-Za-z0-9._-]{1,64}") {
+            prop_assert_eq!(VmName::new(&text).is_ok(), text.as_bytes()[0].is_ascii_alphanumeric());
+            prop_assert_eq!(serde_json::from_value::<VmName>(json!(&text)).is_ok(), VmName::new(&text).is_ok());
+        }
+    }
+}

@@ -3,8 +3,14 @@
 //! [`progress::Progress`], and every error carries what was being done and, where known, a hint.
 
 pub mod cancel;
+pub mod database;
+pub mod durable;
 pub mod error;
+pub mod journal;
+pub mod lock;
+pub mod owner;
 pub mod paths;
 pub mod progress;
+pub mod settings;
 
 pub use error::{Error, ErrorKind, Result};
