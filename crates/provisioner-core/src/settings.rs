@@ -724,3 +724,377 @@ fn checked_mode(mode: &str, source: &Path) -> Result<String, String> {
     }
     Err(format!("{:?} from {} is not a mode's name", mode.chars().take(64).collect::<String>(), source.display()))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    /// What PyYAML, with which the other programs read these files, makes of `text`.
+    fn pyyaml(text: &str) -> Value {
+        let script = "import json,sys,yaml; json.dump(yaml.safe_load(sys.stdin.read()), sys.stdout)";
+        let mut python =
+            Command::new("python3").args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        python.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        let output = python.wait_with_output().unwrap();
+        assert!(output.status.success(), "PyYAML refuses {text}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    const DB: &str = r#"
+# written by the installer
+db_file: "/srv/bh/vms.json"
+default_expiry_days: 14
+gc_grace_days: '3'
+bridge: vmbr0
+storage_pool: fast       # a libvirt pool
+storage_path: /srv/bh/vms
+ip_pool:
+  network: "10.9.0.0/16"
+  start: "20"
+  end: 10.9.0.30
+  gateway: 10.9.0.1
+ipv6_pool: {start: 5, end: "2001:db8::ff"}
+libvirt:
+  domain_type: qemu
+  guest_ready_timeout_seconds: 60
+  nameservers: [9.9.9.9, "2620:fe::fe"]
+terraform_dir: /opt/x
+"#;
+
+    fn db(text: &str) -> Result<Db> {
+        parse_db(Path::new("/etc/blockhost/db.yaml"), text)
+    }
+
+    fn refusal(text: &str) -> String {
+        let error = db(text).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Config);
+        error.to_string()
+    }
+
+    #[test]
+    fn yaml_means_what_pyyaml_takes_it_for() {
+        let mut files = vec![
+            DB.to_owned(),
+            "auth:\n  otp_length: 8\n  otp_ttl_seconds: '120'\n".into(),
+            "ipv6_pool:\n  prefix: \"2001:db8:1::/120\"\nip_pool: {network: 192.168.122.0/24, start: 200}\n".into(),
+            "# nothing but a comment\n".into(),
+            "a: 1\na: 2\n".into(),
+            "base: &x {start: 1, end: 5}\nip_pool:\n  <<: *x\n  end: 9\n".into(),
+            "---\na: \"x\\u00e4\\n\"\nb: 'it''s'\nc: |\n  x\n  y\nd: >\n  x\n  y\n...\n".into(),
+            "\u{feff}a: 1\r\nb: 2\r\n".into(),
+        ];
+        // Where the two differ (y, n, 1e3, 1:30) none of our keys takes either reading: it is refused, not misread.
+        for scalar in [
+            "yes",
+            "No",
+            "on",
+            "off",
+            "true",
+            "TRUE",
+            "null",
+            "~",
+            "",
+            "''",
+            "\"200\"",
+            "'1e3'",
+            "'null'",
+            "\"yes\"",
+            "1",
+            "0200",
+            "0x1F",
+            "0b11",
+            "1_000",
+            "+5",
+            "-3",
+            "1.5",
+            ".5",
+            "5.",
+            "192.168.1.1",
+            "10.0.0.0/24",
+            "2001:db8::1",
+            "fd00::/120",
+            "::1",
+            "br0",
+            "0xZZ",
+        ] {
+            files.push(format!("k: {scalar}\n"));
+        }
+        for text in files {
+            assert_eq!(yaml(&text).unwrap(), pyyaml(&text), "{text}");
+        }
+    }
+
+    #[test]
+    fn yaml_cannot_be_made_to_read_files_or_fill_the_memory() {
+        let mut bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n".to_owned();
+        for i in 1..12 {
+            let line = vec![format!("*a{}", i - 1); 9].join(",");
+            bomb.push_str(&format!("a{i}: &a{i} [{line}]\n"));
+        }
+        assert!(refusal(&bomb).starts_with("/etc/blockhost/db.yaml is not valid YAML: "));
+        assert!(refusal(&"[".repeat(100_000)).starts_with("/etc/blockhost/db.yaml is not valid YAML: "));
+        assert_eq!(db("storage_pool: !include /etc/hostname\n").unwrap_err().kind, ErrorKind::Config);
+    }
+
+    #[test]
+    fn every_key_is_read_in_every_spelling() {
+        let read = db(DB).unwrap();
+        let expected = Db {
+            db_file: "/srv/bh/vms.json".into(),
+            default_expiry_days: 14,
+            gc_grace_days: 3,
+            bridge: Some("vmbr0".into()),
+            storage_pool: "fast".into(),
+            storage_path: "/srv/bh/vms".into(),
+            ipv4_pool: Some(Ipv4Pool {
+                network: Ipv4Addr::new(10, 9, 0, 0),
+                prefix_len: 16,
+                start: 20,
+                end: 30,
+                gateway: Some(Ipv4Addr::new(10, 9, 0, 1)),
+            }),
+            ipv6_range: (5, 255),
+            libvirt: LibvirtSettings {
+                domain_type: DomainType::Qemu,
+                guest_ready_timeout_seconds: 60,
+                nameservers: vec!["9.9.9.9".parse().unwrap(), "2620:fe::fe".parse().unwrap()],
+                template_url: None,
+                template_sha512: None,
+            },
+        };
+        assert_eq!(read, expected);
+    }
+
+    #[test]
+    fn every_key_is_optional() {
+        for text in ["", "# x\n", "{}", "ip_pool:\nlibvirt:\n", "ipv6_pool: {prefix: 'x'}", "unknown: [1]\n"] {
+            assert_eq!(db(text).unwrap(), Db::default(), "{text}");
+        }
+        assert_eq!(db("grace_days: 9").unwrap().gc_grace_days, 9);
+        assert_eq!(db("grace_days: 9\ngc_grace_days: 4").unwrap().gc_grace_days, 4);
+        let pool = db("ip_pool: {network: 192.168.122.77/24}").unwrap().ipv4_pool.unwrap();
+        assert_eq!(
+            (pool.network, pool.start, pool.end, pool.gateway),
+            (Ipv4Addr::new(192, 168, 122, 0), 200, 250, None)
+        );
+    }
+
+    #[test]
+    fn a_wrong_value_names_file_key_and_expectation() {
+        let file = "/etc/blockhost/db.yaml: ";
+        for (text, expected) in [
+            ("ip_pool: {start: [1]}", "ip_pool.start must be an integer or an address, not a list"),
+            ("ip_pool: {start: 256}", "ip_pool.start must be an integer from 0 to 255 or an address, not 256"),
+            ("ip_pool: {end: -1}", "ip_pool.end must be an integer from 0 to 255 or an address, not -1"),
+            ("ip_pool: {end: soon}", "ip_pool.end must be an integer from 0 to 255 or an address, not \"soon\""),
+            ("ip_pool: {start: 9, end: 8}", "ip_pool.start must not be beyond ip_pool.end, 9 is beyond 8"),
+            (
+                "ip_pool: {network: 10.0.0.0}",
+                "ip_pool.network must be a network such as 192.168.122.0/24, not \"10.0.0.0\"",
+            ),
+            (
+                "ip_pool: {network: 10.0.0.0/33}",
+                "ip_pool.network must be a network such as 192.168.122.0/24, not \"10.0.0.0/33\"",
+            ),
+            ("ip_pool: {gateway: 5}", "ip_pool.gateway must be an IPv4 address, not 5"),
+            ("ip_pool: 10.0.0.0/8", "ip_pool must be a mapping, not \"10.0.0.0/8\""),
+            ("default_expiry_days: true", "default_expiry_days must be an integer from 0 on, not a boolean"),
+            ("grace_days: -1", "grace_days must be an integer from 0 on, not -1"),
+            ("bridge: br0/../x", "bridge must be the name of a network interface, not \"br0/../x\""),
+            ("bridge: [br0]", "bridge must be the name of a network interface, not a list"),
+            ("storage_path: vms", "storage_path must be an absolute path, not \"vms\""),
+            ("db_file: 5", "db_file must be a text, not 5"),
+            ("libvirt: {domain_type: xen}", "libvirt.domain_type must be auto, kvm or qemu, not \"xen\""),
+            ("libvirt: {nameservers: 9.9.9.9}", "libvirt.nameservers must be a list of IP addresses, not \"9.9.9.9\""),
+            (
+                "libvirt: {nameservers: [dns.example]}",
+                "libvirt.nameservers must be a list of IP addresses, not \"dns.example\"",
+            ),
+            (
+                "libvirt: {guest_ready_timeout_seconds: 0}",
+                "libvirt.guest_ready_timeout_seconds must be an integer from 1 on, not 0",
+            ),
+            ("libvirt: {template_sha512: abc}", "libvirt.template_sha512 must be 128 hex digits, not \"abc\""),
+            ("- a", "the file must be a mapping, not a list"),
+        ] {
+            assert_eq!(refusal(text), format!("{file}{expected}"));
+        }
+        assert!(refusal("a: [").starts_with("/etc/blockhost/db.yaml is not valid YAML: "));
+        assert!(!refusal("a: [\n").contains('\n'));
+    }
+
+    #[test]
+    fn the_other_files_are_read_too() {
+        let file = Path::new("f");
+        assert_eq!(parse_web3_defaults(file, "auth: {otp_length: 8, other: 1}").unwrap(), (8, 300));
+        assert_eq!(parse_web3_defaults(file, "chain: x").unwrap(), (6, 300));
+        assert_eq!(
+            parse_web3_defaults(file, "auth: {otp_length: 0}").unwrap_err().to_string(),
+            "f: auth.otp_length must be an integer from 1 on, not 0"
+        );
+        let broker =
+            parse_broker_allocation(file, r#"{"ipv6_prefix":"2001:DB8::5/120","dns_zone":"vm.Example.","x":1}"#)
+                .unwrap();
+        assert_eq!(broker.prefix, Some(("2001:db8::".parse().unwrap(), 120)));
+        assert_eq!((broker.gateway, broker.dns_zone.as_deref()), (None, Some("vm.example")));
+        let newer = r#"{"prefix":"fd01::/64","ipv6_prefix":"fd02::/64","gateway":"fe80::1","dns_zone":null}"#;
+        let broker = parse_broker_allocation(file, newer).unwrap();
+        assert_eq!(broker.prefix.unwrap().0, "fd01::".parse::<Ipv6Addr>().unwrap());
+        assert_eq!(broker.gateway, Some("fe80::1".parse().unwrap()));
+        assert!(
+            parse_broker_allocation(file, r#"{"prefix":"x"}"#).unwrap_err().to_string().contains("f: prefix must be")
+        );
+        assert!(parse_broker_allocation(file, r#"{"dns_zone":"a b"}"#).is_err());
+        assert_eq!(parse_engine(file, r#"{"constraints":{"address_pattern":"^0x"}}"#).unwrap().as_deref(), Some("^0x"));
+        assert_eq!(parse_engine(file, r#"{"name":"evm"}"#).unwrap(), None);
+    }
+
+    struct Host {
+        _root: tempfile::TempDir,
+        dirs: Directories,
+    }
+
+    fn host(files: &[(&str, &str)]) -> Host {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let dirs = Directories {
+            config: vec![at("etc"), at("config")],
+            state: at("state"),
+            run: at("run"),
+            share: at("share"),
+        };
+        for (name, text) in files {
+            fs::create_dir_all(at(name).parent().unwrap()).unwrap();
+            fs::write(at(name), text).unwrap();
+        }
+        Host { _root: root, dirs }
+    }
+
+    #[test]
+    fn a_host_without_any_file_has_the_defaults_and_says_what_is_missing() {
+        let settings = Settings::load(&host(&[]).dirs).unwrap();
+        assert_eq!(settings.bridge, "br0");
+        assert_eq!((settings.otp_length, settings.otp_ttl_seconds), (6, 300));
+        assert_eq!((&settings.ipv6_pool, &settings.dns_zone), (&None, &None));
+        assert_eq!(settings.require_ipv4_pool().unwrap_err().kind, ErrorKind::Config);
+        let error = settings.require_network_mode().unwrap_err();
+        assert_eq!(error.to_string(), "cannot tell the network mode: no network mode is enabled");
+        assert!(settings.warnings.is_empty());
+    }
+
+    #[test]
+    fn the_first_directory_with_a_file_wins() {
+        let host = host(&[("config/db.yaml", "bridge: b2\n"), ("config/web3-defaults.yaml", "auth: {otp_length: 9}")]);
+        assert_eq!(Settings::load(&host.dirs).unwrap().bridge, "b2");
+        fs::create_dir_all(&host.dirs.config[0]).unwrap();
+        fs::write(host.dirs.config[0].join("db.yaml"), "bridge: b1\n").unwrap();
+        let settings = Settings::load(&host.dirs).unwrap();
+        assert_eq!((settings.bridge.as_str(), settings.otp_length), ("b1", 9));
+    }
+
+    #[test]
+    fn the_bridge_is_that_of_the_run_directory_unless_configured() {
+        assert_eq!(Settings::load(&host(&[("run/bridge", "vmbr0\n")]).dirs).unwrap().bridge, "vmbr0");
+        let both = host(&[("run/bridge", "vmbr0\n"), ("etc/db.yaml", "bridge: br7")]);
+        assert_eq!(Settings::load(&both.dirs).unwrap().bridge, "br7");
+        let settings = Settings::load(&host(&[("run/bridge", "../x")]).dirs).unwrap();
+        assert_eq!((settings.bridge.as_str(), settings.warnings.len()), ("br0", 1));
+    }
+
+    #[test]
+    fn the_network_mode_is_the_one_enabled_or_else_the_one_line() {
+        let mode = |files: &[(&str, &str)]| Settings::load(&host(files).dirs).unwrap().network_mode;
+        let (a, b) = (("etc/network-modes.enabled/broker.json", "{}"), ("etc/network-modes.enabled/manual.json", "{}"));
+        let line = ("etc/network-mode", "onion\n");
+        assert_eq!(mode(&[a]).unwrap(), "broker");
+        assert_eq!(mode(&[a, line, ("etc/network-modes.enabled/README", "")]).unwrap(), "broker");
+        assert_eq!(mode(&[a, b, line]).unwrap(), "onion");
+        assert_eq!(mode(&[line]).unwrap(), "onion");
+        assert!(mode(&[a, b]).unwrap_err().contains("broker, manual"));
+        assert!(mode(&[("etc/network-mode", "\n")]).unwrap_err().contains("empty"));
+        assert!(mode(&[("etc/network-mode", "a\nb\n")]).unwrap_err().contains("more than one line"));
+        assert!(mode(&[("etc/network-mode", "a: b\n")]).unwrap_err().contains("not a mode's name"));
+    }
+
+    #[test]
+    fn a_wallet_the_engine_does_not_know_is_worth_a_warning_and_so_is_a_bad_pattern() {
+        let wallet = WalletAddress::new("0xAB").unwrap();
+        let warning = |pattern: &str| {
+            let json = json!({"constraints": {"address_pattern": pattern}}).to_string();
+            Settings::load(&host(&[("share/engine.json", &json)]).dirs).unwrap().address_warning(&wallet)
+        };
+        assert_eq!(warning("^0x[0-9a-fA-F]+$"), None);
+        assert!(warning("^9[a-z]+$").unwrap().contains("does not match"));
+        assert!(warning("[").unwrap().contains("unusable"));
+        let settings = Settings::load(&host(&[("share/engine.json", "not json")]).dirs).unwrap();
+        assert_eq!((settings.address_warning(&wallet), settings.warnings.len()), (None, 1));
+    }
+
+    #[test]
+    fn ipv6_needs_an_allocation_and_the_mock_has_one() {
+        let files = [
+            ("etc/db.yaml", "ipv6_pool: {start: 1, end: 4}"),
+            ("etc/broker-allocation.json", r#"{"prefix":"2001:db8::/125"}"#),
+        ];
+        let settings = Settings::load(&host(&files).dirs).unwrap();
+        let pool = settings.ipv6_pool.clone().unwrap();
+        let texts: Vec<_> = pool.candidates().map(|a| a.to_string()).collect();
+        assert_eq!(texts, ["2001:db8::2", "2001:db8::3", "2001:db8::4"]);
+        let pool = settings.mock().ipv6_pool.unwrap();
+        assert_eq!(
+            (pool.to_string().as_str(), pool.candidates().next()),
+            ("fd00::/120 +1 to +4", "fd00::2".parse().ok())
+        );
+    }
+
+    #[test]
+    fn candidates_lie_in_the_network_and_are_nobody_elses() {
+        let pool = |network: &str, start, end, gateway: Option<&str>| {
+            let (network, prefix_len) = network4(network).unwrap();
+            Ipv4Pool { network, prefix_len, start, end, gateway: gateway.map(|g| g.parse().unwrap()) }
+                .candidates()
+                .map(|a| a.to_string())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(pool("10.0.0.0/24", 0, 2, Some("10.0.0.1")), ["10.0.0.2"]);
+        assert_eq!(pool("10.0.0.0/24", 254, 255, None), ["10.0.0.254"]);
+        assert_eq!(pool("10.1.0.0/16", 255, 255, None), ["10.1.0.255"]);
+        assert_eq!(pool("10.0.0.128/30", 100, 140, None), ["10.0.0.129", "10.0.0.130"]);
+        assert!(pool("10.0.0.128/25", 2, 100, None).is_empty());
+        assert_eq!(pool("10.0.0.8/31", 0, 255, None), ["10.0.0.8", "10.0.0.9"]);
+        assert_eq!(pool("0.0.0.0/0", 1, 1, None), ["0.0.0.1"]);
+    }
+
+    proptest! {
+        #[test]
+        fn candidates_of_any_pool_are_inside_it_and_distinct(bits: u32, len in 0u8..=32, a: u8, b: u8, base: u128, len6 in 0u8..=128, offset in 0u64..1000) {
+            let network = Ipv4Addr::from(bits & mask4(len));
+            let pool = Ipv4Pool { network, prefix_len: len, start: a.min(b), end: a.max(b), gateway: None };
+            let all: Vec<_> = pool.candidates().collect();
+            prop_assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
+            prop_assert!(all.iter().all(|c| u32::from(*c) & mask4(len) == u32::from(network)));
+            prop_assert!(all.iter().all(|c| (pool.start..=pool.end).contains(&c.octets()[3])));
+            let prefix = Ipv6Addr::from(base & mask6(len6));
+            let pool = Ipv6Pool { prefix, prefix_len: len6, start: offset, end: u64::MAX, gateway: None };
+            let all: Vec<_> = pool.candidates().take(20).collect();
+            prop_assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
+            prop_assert!(all.iter().all(|c| u128::from(*c) & mask6(len6) == u128::from(prefix) && *c != pool.router() && *c != prefix));
+        }
+
+        #[test]
+        fn no_text_makes_parsing_panic(text in "\\PC{0,120}|[a-z:{}\\[\\]&*!|>'\"#\n -]{0,120}", key in "ip_pool|libvirt|bridge|grace_days|auth", noise: Vec<u8>) {
+            let file = Path::new("f");
+            for text in [text.clone(), format!("{key}: {text}"), format!("{key}:\n  start: {text}"), String::from_utf8_lossy(&noise).into_owned()] {
+                let _ = parse_db(file, &text);
+                let _ = parse_web3_defaults(file, &text);
+                let _ = parse_broker_allocation(file, &text);
+                let _ = parse_engine(file, &text);
+            }
+        }
+    }
+}
