@@ -541,3 +541,287 @@ impl Formatter for PythonFormatter<'_> {
         self.0.end_object_value(w)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use provisioner_contract::{LoginName, WalletAddress};
+    use serde_json::json;
+
+    fn name(text: &str) -> VmName {
+        VmName::new(text).unwrap()
+    }
+
+    fn time(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn at() -> Timestamp {
+        time("2026-11-21T00:00:00Z")
+    }
+
+    fn new_record(vm: &str, ip: &str, ipv6: Option<&str>) -> NewRecord {
+        NewRecord {
+            vm_name: name(vm),
+            vmid: 0,
+            ip_address: ip.parse().unwrap(),
+            ipv6_address: ipv6.map(|a| a.parse().unwrap()),
+            expires_at: time("2026-12-21T00:00:00Z"),
+            owner: "0xabc".into(),
+            status: RecordStatus::Active,
+            created_at: at(),
+            purpose: String::new(),
+            wallet_address: WalletAddress::new("0xabc").unwrap(),
+            username: LoginName::new("admin").unwrap(),
+            network_mode: "broker".into(),
+        }
+    }
+
+    fn pool(start: u8, end: u8) -> Ipv4Pool {
+        Ipv4Pool {
+            network: Ipv4Addr::new(10, 0, 0, 0),
+            prefix_len: 24,
+            start,
+            end,
+            gateway: Some(Ipv4Addr::new(10, 0, 0, 1)),
+        }
+    }
+
+    fn document(value: Value) -> Document {
+        Document::parse(&value.to_string()).unwrap()
+    }
+
+    fn nobody(_: Ipv4Addr) -> bool {
+        false
+    }
+
+    #[test]
+    fn addresses_are_given_out_in_order_and_skip_lists_records_and_what_else_is_known() {
+        let mut db = document(json!({
+            "vms": {
+                "lost": {"status": "active", "ip_address": "10.0.0.3"},
+                "gone": {"status": "destroyed", "ip_address": "10.0.0.4"},
+                "odd": {"ip_address": "10.0.0.5"},
+                "damaged": 7,
+            },
+            "allocated_ips": ["10.0.0.2", "rubbish", 5],
+        }));
+        let taken = |address: Ipv4Addr| address == Ipv4Addr::new(10, 0, 0, 6);
+        assert_eq!(db.next_ipv4(&pool(0, 9), &taken).unwrap().to_string(), "10.0.0.4");
+        assert_eq!(db.allocate_ipv4(&pool(0, 9), &taken).unwrap().to_string(), "10.0.0.4");
+        assert_eq!(db.allocate_ipv4(&pool(0, 9), &taken).unwrap().to_string(), "10.0.0.7");
+        let text = db.render();
+        assert!(text.contains("rubbish"), "what we cannot read in a list stays: {text}");
+        let error = db.allocate_ipv4(&pool(0, 7), &taken).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Exhausted);
+        assert_eq!(
+            error.to_string(),
+            "cannot allocate an address: ip_pool 10.0.0.0/24 .0 to .7 is exhausted, all 6 are in use"
+        );
+        assert_eq!(db.allocate_ipv4(&pool(0, 1), &taken).unwrap_err().kind, ErrorKind::Config);
+    }
+
+    #[test]
+    fn ipv6_addresses_are_compressed_and_need_no_list_to_begin_with() {
+        let mut db = document(json!({"vms": {}, "allocated_ips": []}));
+        let prefix = "2001:db8:0:1::".parse().unwrap();
+        let pool =
+            Ipv6Pool { prefix, prefix_len: 120, start: 0, end: 254, gateway: Some("2001:db8:0:1::2".parse().unwrap()) };
+        assert_eq!(db.allocate_ipv6(&pool, &|_| false).unwrap().to_string(), "2001:db8:0:1::3");
+        assert_eq!(db.root["allocated_ipv6"], json!(["2001:db8:0:1::3"]));
+        let mut spelled = document(json!({"allocated_ipv6": ["2001:0DB8:0000:0001:0:0:0:0003"]}));
+        assert_eq!(spelled.allocate_ipv6(&pool, &|_| false).unwrap().to_string(), "2001:db8:0:1::4");
+    }
+
+    #[test]
+    fn registering_refuses_a_live_name_and_replaces_a_destroyed_one_in_its_place() {
+        let mut db = document(json!({
+            "vms": {"a": {"status": "destroyed", "ip_address": "10.0.0.9", "k": 1}, "b": {"status": "suspended"}, "c": [1]},
+            "next_vmid": 0, "allocated_ips": []
+        }));
+        for taken in ["b", "c"] {
+            assert_eq!(db.register(&new_record(taken, "10.0.0.2", None)).unwrap_err().kind, ErrorKind::Conflict);
+        }
+        let before = db.render();
+        let new = new_record("a", "10.0.0.2", Some("2001:db8::2"));
+        let replaced = db.register(&new).unwrap().unwrap();
+        assert_eq!(replaced["k"], 1);
+        assert_eq!(db.vms().unwrap().keys().collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(db.root["next_vmid"], 1);
+        assert_eq!(
+            (&db.root["allocated_ips"], &db.root["allocated_ipv6"]),
+            (&json!(["10.0.0.2"]), &json!(["2001:db8::2"]))
+        );
+        assert_eq!(db.record(&new.vm_name).unwrap().unwrap().ipv6(), new.ipv6_address);
+        assert_eq!(
+            db.register(&new_record("d", "10.0.0.2", None)).unwrap_err().to_string(),
+            "cannot register VM d: VM a has address 10.0.0.2"
+        );
+        assert_eq!(
+            db.register(&new_record("d", "10.0.0.3", Some("2001:db8:0::2"))).unwrap_err().kind,
+            ErrorKind::Conflict
+        );
+        db.unregister(&new.vm_name, Some(&replaced)).unwrap();
+        db.release_addresses(&new.vm_name, Some(new.ip_address), new.ipv6_address).unwrap();
+        assert_eq!(document(before.parse().unwrap()).vms(), db.vms());
+        assert_eq!(db.root["allocated_ips"], json!([]));
+        db.register(&new_record("z", "10.0.0.7", None)).unwrap();
+        db.unregister(&name("b"), None).unwrap();
+        db.unregister(&name("b"), None).unwrap();
+        assert_eq!(db.vms().unwrap().keys().collect::<Vec<_>>(), ["a", "c", "z"], "the others keep their order");
+    }
+
+    #[test]
+    fn next_vmid_grows_only_past_what_was_used() {
+        let mut db = document(json!({"next_vmid": 105, "vms": {}}));
+        db.register(&new_record("a", "10.0.0.2", None)).unwrap();
+        assert_eq!(db.root["next_vmid"], 105);
+        db.register(&NewRecord { vmid: 200, ..new_record("b", "10.0.0.3", None) }).unwrap();
+        assert_eq!(db.root["next_vmid"], 201);
+    }
+
+    #[test]
+    fn destroying_twice_does_not_free_the_address_of_its_new_owner() {
+        let mut db = Document::default();
+        db.register(&new_record("old", "10.0.0.2", Some("2001:db8::2"))).unwrap();
+        assert!(db.mark_destroyed(&name("old"), at()).unwrap());
+        assert_eq!((&db.root["allocated_ips"], &db.root["allocated_ipv6"]), (&json!([]), &json!([])));
+        db.register(&new_record("new", "10.0.0.2", Some("2001:db8::2"))).unwrap();
+        let before = db.render();
+        assert!(!db.mark_destroyed(&name("old"), time("2027-01-01T00:00:00Z")).unwrap());
+        db.release_addresses(&name("old"), Some(Ipv4Addr::new(10, 0, 0, 2)), "2001:db8::2".parse().ok()).unwrap();
+        assert!(!db.mark_destroyed(&name("never-was"), at()).unwrap());
+        assert_eq!(db.render(), before);
+        let old = db.record(&name("old")).unwrap().unwrap();
+        assert_eq!((old.status, old.destroyed_at), (RecordStatus::Destroyed, Some(at())));
+    }
+
+    #[test]
+    fn an_address_two_live_records_share_stays_taken_until_both_are_gone() {
+        let mut db = document(json!({"vms": {
+            "a": {"status": "active", "ip_address": "10.0.0.2"}, "b": {"status": "active", "ip_address": "10.0.0.2"}
+        }, "allocated_ips": ["10.0.0.2"]}));
+        db.mark_destroyed(&name("a"), at()).unwrap();
+        assert_eq!(db.root["allocated_ips"], json!(["10.0.0.2"]));
+        db.mark_destroyed(&name("b"), at()).unwrap();
+        assert_eq!(db.root["allocated_ips"], json!([]));
+    }
+
+    #[test]
+    fn suspending_and_resuming_keep_foreign_keys_and_never_touch_the_owners_wallet() {
+        let mut db = document(json!({"vms": {"a": {
+            "status": "active", "expires_at": "2026-01-01T00:00:00Z", "owner_wallet": "0x1", "nft_token_id": "7", "gecos_synced": true
+        }}}));
+        let before = db.render();
+        db.mark_suspended(&name("a"), at()).unwrap();
+        let suspended = db.render();
+        db.mark_suspended(&name("a"), time("2027-01-01T00:00:00Z")).unwrap();
+        assert_eq!(db.render(), suspended, "the grace is counted from the first time");
+        assert_eq!(db.root["vms"]["a"]["suspended_at"], "2026-11-21T00:00:00.000000+00:00");
+        db.mark_active(&name("a"), None).unwrap();
+        assert_eq!(db.render(), before);
+        db.mark_active(&name("a"), Some(at())).unwrap();
+        assert_eq!(db.record(&name("a")).unwrap().unwrap().expires_at, Some(at()));
+        assert_eq!(db.root["vms"]["a"]["owner_wallet"], "0x1");
+        assert_eq!(db.mark_suspended(&name("b"), at()).unwrap_err().kind, ErrorKind::NotFound);
+        db.mark_destroyed(&name("a"), at()).unwrap();
+        assert_eq!(db.mark_active(&name("a"), None).unwrap_err().kind, ErrorKind::Conflict);
+        assert_eq!(db.mark_suspended(&name("a"), at()).unwrap_err().kind, ErrorKind::Conflict);
+    }
+
+    #[test]
+    fn a_damaged_record_is_an_error_of_its_own_and_stays_as_it_is() {
+        let mut db = document(json!({"vms": {"a": null, "b": {"status": "active"}, "c": {"status": 3}}}));
+        let records: Vec<_> = db.records().map(|(name, record)| (name, record.is_ok())).collect();
+        assert_eq!(records, [("a".into(), false), ("b".into(), true), ("c".into(), false)]);
+        assert!(
+            db.record(&name("c"))
+                .unwrap_err()
+                .to_string()
+                .contains("the record of VM \"c\" is damaged: status must be")
+        );
+        assert_eq!(db.mark_destroyed(&name("a"), at()).unwrap_err().kind, ErrorKind::Invalid);
+        db.register(&new_record("d", "10.0.0.2", None)).unwrap();
+        assert!(db.render().contains("\"a\": null,"));
+    }
+
+    #[test]
+    fn a_database_of_the_wrong_shape_is_refused() {
+        for (text, why) in [
+            ("", "it is empty"),
+            (" \n", "it is empty"),
+            ("{\"vms\": {", "it is not valid JSON"),
+            ("{} x", "it is not valid JSON"),
+            ("[]", "it is not a JSON object"),
+            (r#"{"vms": []}"#, "\"vms\" must be an object"),
+            (r#"{"vms": null}"#, "\"vms\" must be an object"),
+            (r#"{"allocated_ips": {}}"#, "\"allocated_ips\" must be a list"),
+            (r#"{"allocated_ipv6": null}"#, "\"allocated_ipv6\" must be a list"),
+            (r#"{"next_vmid": "7"}"#, "\"next_vmid\" must be an integer"),
+        ] {
+            assert_eq!(Document::parse(text).unwrap_err().to_string(), why, "{text}");
+        }
+        assert_eq!(Document::parse("{}").unwrap().records().count(), 0);
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            "[0-9]{20,80}".prop_map(|digits| format!("1{digits}").parse().unwrap()),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 40, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+                prop::collection::vec((any::<String>(), inner), 0..5)
+                    .prop_map(|pairs| Value::Object(pairs.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_others_wrote_comes_out_as_it_went_in(extra in any_json(), key in "\\PC{1,10}", record in any_json()) {
+            prop_assume!(!["vms", "next_vmid", "allocated_ips", "allocated_ipv6"].contains(&key.as_str()));
+            let db = document(json!({key: extra, "vms": {"z": record, "a": {}}, "allocated_ips": []}));
+            let text = db.render();
+            prop_assert!(text.is_ascii());
+            let again = Document::parse(&text).unwrap();
+            prop_assert_eq!(again.render(), text);
+            prop_assert_eq!(again, db);
+        }
+
+        #[test]
+        fn no_address_is_given_out_twice(listed in prop::collection::vec(0u8..12, 0..8), taken in prop::collection::vec(0u8..12, 0..8), len in 22u8..30) {
+            let pool = Ipv4Pool { prefix_len: len, ..pool(0, 11) };
+            let texts: Vec<_> = listed.iter().map(|i| format!("10.0.0.{i}")).collect();
+            let mut db = document(json!({"allocated_ips": texts}));
+            let is_taken = |a: Ipv4Addr| taken.contains(&a.octets()[3]);
+            let mut given = HashSet::new();
+            while let Ok(address) = db.allocate_ipv4(&pool, &is_taken) {
+                prop_assert!(given.insert(address));
+                prop_assert!(!listed.contains(&address.octets()[3]) && !is_taken(address));
+                prop_assert!(pool.candidates().any(|c| c == address));
+            }
+            let free = pool.candidates().filter(|c| !listed.contains(&c.octets()[3]) && !is_taken(*c)).count();
+            prop_assert_eq!(given.len(), free, "and none is forgotten");
+        }
+
+        #[test]
+        fn no_bytes_make_anything_panic(noise: Vec<u8>, record in any_json(), list in prop::collection::vec(any_json(), 0..4)) {
+            let _ = Document::parse(&String::from_utf8_lossy(&noise));
+            let mut db = document(json!({"vms": {"a": record}, "allocated_ips": list}));
+            let _ = db.records().count();
+            let _ = db.allocate_ipv4(&pool(0, 9), &nobody);
+            let _ = db.mark_suspended(&name("a"), at());
+            let _ = db.mark_active(&name("a"), None);
+            let _ = db.mark_destroyed(&name("a"), at());
+            let _ = db.register(&new_record("a", "10.0.0.2", None));
+            prop_assert!(Document::parse(&db.render()).is_ok());
+        }
+    }
+}
