@@ -88,7 +88,9 @@ impl Database {
         let mut lock = self.path.clone().into_os_string();
         lock.push(".lock");
         let _lock = durable::lock_file(Path::new(&lock), self.lock_wait)?;
-        for attempt in 1.. {
+        let mut tries = 0;
+        loop {
+            tries += 1;
             let (mut document, version) = self.read_version()?;
             let before = document.render();
             let outcome = change(&mut document)?;
@@ -98,12 +100,11 @@ impl Database {
             }
             let staged = durable::stage(&self.path, after.as_bytes(), NEW_FILE_MODE)?;
             // The last look before the rename. What is written in between is lost, and nothing can help it.
-            if attempt >= OVERTAKEN_TRIES || self.version()? == version {
+            if tries >= OVERTAKEN_TRIES || self.version()? == version {
                 staged.commit()?;
                 return Ok(outcome);
             }
         }
-        unreachable!("the loop has no end of its own")
     }
 
     fn version(&self) -> Result<Version> {

@@ -1,8 +1,8 @@
 //! The one place that writes files so that they survive a crash, and that opens files to lock.
 //!
 //! A file is written under a name of its own in the same directory, synced, renamed over the old one, and the
-//! directory is synced. What root writes belongs to whom the old file, or else the directory, belonged to: the
-//! service user must still be able to read it. Symbolic links are never followed, because that user can make them.
+//! directory is synced. What root writes belongs to whom the old file, unless that was root's, or else the directory
+//! belongs to: the service user must still be able to read it. Symbolic links are never followed, because that user can make them.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, ErrorKind as Io, Write};
@@ -68,10 +68,14 @@ pub fn stage(path: &Path, bytes: &[u8], mode: u32) -> Result<Staged> {
     let prefix = format!(".{name}.{pid}-{}-", owner::own_start_time());
     let mut file =
         tempfile::Builder::new().prefix(&prefix).suffix(TEMPORARY).tempfile_in(parent(path)).map_err(failed)?;
-    let old = fs::symlink_metadata(path).ok().filter(Metadata::is_file);
-    let (model, mode) = match old {
-        Some(old) => (old.clone(), old.permissions().mode() & 0o7777),
-        None => (fs::metadata(parent(path)).map_err(failed)?, mode),
+    let dir = fs::metadata(parent(path)).map_err(failed)?;
+    let (model, mode) = match fs::symlink_metadata(path).ok().filter(Metadata::is_file) {
+        Some(old) => {
+            let mode = old.permissions().mode() & 0o7777;
+            // Somebody has once written it as root in the service user's directory; that user needs it back.
+            (if old.uid() == 0 { dir } else { old }, mode)
+        }
+        None => (dir, mode),
     };
     file.write_all(bytes).map_err(failed)?;
     hand_over(file.as_file(), &model).map_err(failed)?;

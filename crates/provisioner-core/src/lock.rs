@@ -78,6 +78,7 @@ impl VmLock {
     pub fn try_acquire(dirs: &Directories, name: &VmName, command: &str) -> Result<Option<Self>> {
         let path = Self::path(dirs, name);
         durable::create_dir_owned(&dirs.locks(), LOCK_DIR_MODE)?;
+        let mut replaced = false;
         loop {
             let file = durable::open_lock_file(&path)?;
             match file.try_lock() {
@@ -90,8 +91,10 @@ impl VmLock {
                 continue;
             }
             let holder = Holder { pid: std::process::id(), command: command.to_owned(), since: Timestamp::now() };
-            if describe(&file, &holder).is_err() && fs::remove_file(&path).is_ok() {
-                // A leftover of another user, which we may lock but not write. A new one is ours.
+            // Not described, as on a full disk, it is locked all the same. But a leftover of another user, which we
+            // may lock and not write, would name a wrong holder: a new one is ours.
+            if describe(&file, &holder).is_err() && !replaced && fs::remove_file(&path).is_ok() {
+                replaced = true;
                 continue;
             }
             return Ok(Some(Self { path, file }));

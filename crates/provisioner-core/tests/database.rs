@@ -8,7 +8,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use provisioner_contract::{NewRecord, RecordStatus, Timestamp};
 use provisioner_core::database::Database;
@@ -146,14 +147,28 @@ for _ in range(40):
             f.write(text[i:i + 700])
             f.flush()
             time.sleep(0.0005)
+    time.sleep(0.02)
 "#;
     let mut rewriter = python(script).arg(&path).spawn().unwrap();
     let db = Database::new(&path);
-    let mut torn = 0;
-    while rewriter.try_wait().unwrap().is_none() {
-        torn += usize::from(serde_json::from_slice::<Value>(&fs::read(&path).unwrap()).is_err());
-        assert_eq!(db.read().unwrap().records().filter(|(_, r)| r.is_ok()).count(), 40);
-    }
+    let running = AtomicBool::new(true);
+    let torn = std::thread::scope(|scope| {
+        // A reader that does not read again, to show that there was something to see.
+        let naive = scope.spawn(|| {
+            let mut torn = 0;
+            let started = Instant::now();
+            while running.load(Ordering::SeqCst) && started.elapsed() < Duration::from_secs(60) {
+                torn += usize::from(serde_json::from_slice::<Value>(&fs::read(&path).unwrap()).is_err());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            torn
+        });
+        while rewriter.try_wait().unwrap().is_none() {
+            assert_eq!(db.read().unwrap().records().filter(|(_, r)| r.is_ok()).count(), 40);
+        }
+        running.store(false, Ordering::SeqCst);
+        naive.join().unwrap()
+    });
     assert!(rewriter.wait().unwrap().success());
     assert!(torn > 0, "the test has seen no torn file, so it has shown nothing");
 }
@@ -304,4 +319,7 @@ fn the_service_user_can_use_what_root_has_written() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     allocate();
     assert_eq!(owner(&path), (SERVICE + 1, SERVICE + 1, 0o644), "an existing file's owner goes before the directory's");
+    chown(&path, Some(0), Some(0)).unwrap();
+    allocate();
+    assert_eq!(owner(&path), (SERVICE, SERVICE, 0o644), "but not if that is root");
 }
