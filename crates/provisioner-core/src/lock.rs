@@ -380,7 +380,8 @@ mod tests {
                                 continue;
                             };
                             assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
-                            thread::yield_now();
+                            // Long enough for others to open the file that is about to go.
+                            thread::sleep(Duration::from_micros(300));
                             inside.fetch_sub(1, Ordering::SeqCst);
                             drop(lock);
                             break;
