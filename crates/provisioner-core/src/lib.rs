@@ -6,5 +6,6 @@ pub mod cancel;
 pub mod error;
 pub mod paths;
 pub mod progress;
+pub mod seed;
 
 pub use error::{Error, ErrorKind, Result};
