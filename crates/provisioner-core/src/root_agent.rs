@@ -101,10 +101,10 @@ pub fn request(socket: &Path, action: &str, params: Value, timeout: Duration) ->
             ErrorKind::TimedOut,
             format!("the root agent did not answer {action} within {} s", timeout.as_secs_f32()),
         )
-        .hint("it handles one request at a time: see what keeps it busy with journalctl -u blockhost-root-agent"),
+        .hint("it handles one request at a time: see in its log what keeps it busy"),
         _ => Error::new(ErrorKind::Unavailable, format!("cannot ask the root agent at {}", socket.display()))
             .because(error)
-            .hint("is blockhost-root-agent.service running, and this user in the group blockhost?"),
+            .hint("is the root agent running, and may this user connect to its socket?"),
     })??;
     decode(&json)
 }

@@ -10,9 +10,9 @@ pub fn safe_substitute<'v>(template: &str, value: impl Fn(&str) -> Option<&'v st
     while let Some(at) = rest.find('$') {
         out.push_str(&rest[..at]);
         let after = &rest[at + 1..];
-        let (name, len) = if after.starts_with('$') {
+        let (name, len) = if let Some(behind) = after.strip_prefix('$') {
             out.push('$');
-            rest = &after[1..];
+            rest = behind;
             continue;
         } else if let Some(braced) = after.strip_prefix('{') {
             let name = identifier(braced);
