@@ -2,15 +2,19 @@
 //! or ends the process. Settings and directories come in as values, progress goes out through
 //! [`progress::Progress`], and every error carries what was being done and, where known, a hint.
 
+pub mod bridge;
 pub mod cancel;
 pub mod database;
 pub mod durable;
 pub mod error;
+pub mod host_route;
 pub mod journal;
 pub mod lock;
 pub mod owner;
 pub mod paths;
 pub mod progress;
+pub mod root_agent;
+pub mod seed;
 pub mod settings;
 
 pub use error::{Error, ErrorKind, Result};
