@@ -3,8 +3,10 @@
 //! [`progress::Progress`], and every error carries what was being done and, where known, a hint.
 
 pub mod cancel;
+pub mod child;
 pub mod error;
 pub mod paths;
 pub mod progress;
+pub mod template;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,290 @@
+//! Builds the base image every VM is an overlay of, from a cloud image or from Debian packages, and finds the current one.
+//!
+//! A build works in a staging directory and publishes a finished, synced, immutable image with one rename; whatever
+//! happens before leaves the previous template in use. [`store`](self) rules are in the module `store`.
+
+mod apt;
+mod checksum;
+mod cloud_image;
+pub mod disk;
+mod download;
+mod from_packages;
+mod packages;
+pub mod qcow2;
+mod store;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use checksum::Sha512Hex;
+pub use packages::TemplatePackage;
+pub use qcow2::backing_file;
+pub use store::{Pinned, Template, current, pin};
+
+use crate::cancel::Cancel;
+use crate::paths::Directories;
+use crate::progress::Progress;
+use crate::{Error, ErrorKind, Result};
+use store::Store;
+
+/// The script that turns a Debian system into a template, from inside.
+const CUSTOMISE: &str = include_str!("customise.sh");
+/// Format of the manifest; a template with another one is rebuilt.
+const MANIFEST_FORMAT: u32 = 1;
+/// Debian's own cloud image.
+pub const DEFAULT_IMAGE: &str = "https://cloud.debian.org/images/cloud/bookworm/latest/debian-12-generic-amd64.qcow2";
+/// The release templates are made of.
+pub const DEFAULT_SUITE: &str = "bookworm";
+
+/// What a template is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A cloud image. Its SHA-512 is always verified; without `sha512` it is taken from the `SHA512SUMS` beside it.
+    CloudImage {
+        /// An `http://` or `https://` URL, or a path.
+        location: String,
+        /// The expected sum.
+        sha512: Option<Sha512Hex>,
+    },
+    /// Packages of this Debian release, from the mirrors this machine's apt uses.
+    Packages {
+        /// Code name of the release, such as `bookworm`.
+        suite: String,
+    },
+}
+
+/// What to build, and how.
+pub struct BuildRequest<'a> {
+    /// What to make it of.
+    pub source: Source,
+    /// Build even if the current template was made of the same things.
+    pub force: bool,
+    /// Accept that there is no package to install: nobody can log in to such an image.
+    pub allow_no_packages: bool,
+    /// URL of an HTTP proxy for cloud images.
+    pub proxy: Option<String>,
+    /// Whether a cloud image must be changed in an emulated machine, because KVM does not work here.
+    pub emulate: bool,
+    /// The backing files of all overlays there are; an error keeps every old template.
+    pub in_use: &'a dyn Fn() -> Result<BTreeSet<PathBuf>>,
+}
+
+/// The outcome of a build.
+#[derive(Debug)]
+pub struct Built {
+    /// The template in use from now on.
+    pub template: Template,
+    /// Whether it was made by this call; otherwise it was up to date already.
+    pub fresh: bool,
+    /// Old templates that were removed.
+    pub removed: Vec<PathBuf>,
+}
+
+/// What decides whether a template is up to date.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Inputs {
+    /// What it was made of, with the sum of a cloud image or the package sources.
+    source: String,
+    packages: Vec<TemplatePackage>,
+    /// Sum of the script that configured it.
+    customise: Sha512Hex,
+}
+
+/// What stands beside a template.
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    format: u32,
+    created_at: String,
+    inputs: Inputs,
+    /// Every package in the image.
+    installed: BTreeMap<String, String>,
+}
+
+/// What a maker works with.
+struct Stage<'a> {
+    /// The staging directory of this build.
+    directory: &'a Path,
+    /// Holds `packages/`, `packages.list` and `customise.sh`, to be taken into the image.
+    work: &'a Path,
+    /// Where the finished image must be.
+    image: &'a Path,
+}
+
+/// One way to make an image.
+trait Maker {
+    /// What it is made of, in words that differ when the result would.
+    fn identity(&mut self, progress: &dyn Progress, cancel: &Cancel) -> Result<String>;
+    /// Free space it needs, in bytes.
+    fn space(&self) -> u64;
+    /// Makes the image; returns the packages in it with their versions.
+    fn make(&mut self, stage: &Stage, progress: &dyn Progress, cancel: &Cancel) -> Result<BTreeMap<String, String>>;
+    /// Called after the template was published: what was kept for another attempt can go.
+    fn finished(&mut self) {}
+}
+
+/// Builds the template, unless the current one was made of the same things; only root can. Waits for another build.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] without root's rights, or if the packages cannot be installed together;
+/// [`ErrorKind::NotFound`] without packages; [`ErrorKind::Unavailable`] if a program or a server is missing;
+/// [`ErrorKind::Exhausted`] without space; [`ErrorKind::Invalid`] for a source that is not what it should be;
+/// [`ErrorKind::Io`]; [`ErrorKind::Interrupted`]. The previous template is then still in use, and nothing else is left.
+pub fn build(
+    request: &BuildRequest,
+    directories: &Directories,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Built> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new(ErrorKind::Conflict, "cannot build a template without root's rights")
+            .hint("run it as root, for instance with sudo"));
+    }
+    match &request.source {
+        Source::CloudImage { location, sha512 } => {
+            let downloads = directories.templates().join(".download");
+            let mut maker = cloud_image::CloudImage::new(location, sha512.clone(), request, &downloads)?;
+            build_with(&mut maker, request, directories, progress, cancel)
+        }
+        Source::Packages { suite } => {
+            let mut maker = from_packages::FromPackages::new(suite)?;
+            build_with(&mut maker, request, directories, progress, cancel)
+        }
+    }
+}
+
+fn build_with(
+    maker: &mut dyn Maker,
+    request: &BuildRequest,
+    directories: &Directories,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Built> {
+    let templates = directories.templates();
+    let store = Store::open(&templates, progress, cancel)?;
+    let staging = store.stage()?;
+    let work = staging.path.join("work");
+    fs::create_dir(&work).map_err(|error| Error::io("create", &work, error))?;
+    let packages = packages::collect(&directories.template_packages(), &work.join("packages"), cancel)?;
+    if packages.is_empty() && !request.allow_no_packages {
+        let message = format!("there is no package in {}", directories.template_packages().display());
+        return Err(Error::new(ErrorKind::NotFound, message).hint(
+            "nobody could log in to VMs of such a template; put libpam-web3's .deb there, or give --allow-no-packages",
+        ));
+    }
+    let source = maker.identity(progress, cancel)?;
+    let inputs = Inputs { source, packages, customise: Sha512Hex::of(CUSTOMISE.as_bytes()) };
+    if !request.force
+        && let Ok(template) = current(directories)
+        && inputs_of(&template.path).as_ref() == Some(&inputs)
+    {
+        drop(staging);
+        progress.note(&format!("{} is up to date", template.path.display()));
+        let removed = store.settle(&template.path, request.in_use, progress, cancel)?;
+        return Ok(Built { template, fresh: false, removed });
+    }
+    check_space(store.path(), maker.space())?;
+    let list: String = inputs.packages.iter().map(|p| format!("{} {}\n", p.name, p.version)).collect();
+    for (name, text) in [("packages.list", list.as_str()), ("customise.sh", CUSTOMISE)] {
+        let path = work.join(name);
+        fs::write(&path, text).map_err(|error| Error::io("write", &path, error))?;
+    }
+    let image = staging.path.join("template.qcow2");
+    let stage = Stage { directory: &staging.path, work: &work, image: &image };
+    let installed = maker.make(&stage, progress, cancel).map_err(|error| explain_space(error, &templates))?;
+    packages::verify(&inputs.packages, &installed)?;
+    let virtual_size = qcow2::standalone_size(&image)?;
+    cancel.check()?;
+
+    progress.phase("publishing the template");
+    let created_at = jiff::Timestamp::now().to_string();
+    let key = Sha512Hex::of(format!("{created_at} {inputs:?} {}", disk::random_uuid()?).as_bytes());
+    let manifest = Manifest { format: MANIFEST_FORMAT, created_at, inputs, installed };
+    let text = serde_json::to_vec_pretty(&manifest)
+        .map_err(|error| Error::new(ErrorKind::Io, "cannot write the manifest").because(error))?;
+    let manifest_path = staging.path.join("manifest.json");
+    fs::write(&manifest_path, text).map_err(|error| Error::io("write", &manifest_path, error))?;
+    let path = store.publish(&image, &manifest_path, &store::new_stem(key.short(8)))?;
+    drop(staging);
+    maker.finished();
+    let removed = store.settle(&path, request.in_use, progress, cancel)?;
+    Ok(Built { template: Template { path, virtual_size }, fresh: true, removed })
+}
+
+/// What a template was made of, by its manifest. `None` for one without: it was made by another program.
+fn inputs_of(template: &Path) -> Option<Inputs> {
+    let manifest: Manifest = serde_json::from_slice(&fs::read(template.with_extension("json")).ok()?).ok()?;
+    (manifest.format == MANIFEST_FORMAT).then_some(manifest.inputs)
+}
+
+fn check_space(directory: &Path, needed: u64) -> Result<()> {
+    let space = nix::sys::statvfs::statvfs(directory)
+        .map_err(|error| Error::io("ask for the free space of", directory, error.into()))?;
+    let free = space.blocks_available().saturating_mul(space.fragment_size());
+    if free >= needed {
+        return Ok(());
+    }
+    let message =
+        format!("not enough space in {}: {} MiB free of {} MiB needed", directory.display(), free >> 20, needed >> 20);
+    Err(Error::new(ErrorKind::Exhausted, message).hint("free some space, or make its filesystem larger"))
+}
+
+/// A step that failed for want of space is told so, whatever the program it ran said last.
+fn explain_space(error: Error, directory: &Path) -> Error {
+    let full = nix::sys::statvfs::statvfs(directory)
+        .is_ok_and(|space| space.blocks_available().saturating_mul(space.fragment_size()) < 32 << 20);
+    if full && error.hint.is_none() && error.kind == ErrorKind::Io {
+        return error.hint(format!("the filesystem of {} is full", directory.display()));
+    }
+    error
+}
+
+/// Runs a command that runs the customise script: its phases become progress, its own error the cause of a failure.
+fn run_customise(
+    command: &mut std::process::Command,
+    what: &str,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<()> {
+    use crate::child::CommandExt;
+    let mut reason = None;
+    let result = command.run_watched(what, cancel, &mut |line| {
+        let Some((_, said)) = line.split_once("customise: ") else {
+            // apt names the package that stands in the way before it gives up.
+            if reason.is_none() && (line.starts_with("E: ") || line.contains(" : Depends: ")) {
+                reason = Some(line.trim().to_owned());
+            }
+            return;
+        };
+        if let Some(phase) = said.strip_prefix("phase ") {
+            progress.phase(phase);
+        } else if let Some(warning) = said.strip_prefix("warning: ") {
+            progress.warn(warning);
+        } else if let Some(error) = said.strip_prefix("error: ") {
+            reason = Some(match reason.take() {
+                Some(before) => format!("{error} ({before})"),
+                None => error.to_owned(),
+            });
+        }
+    });
+    match (result, reason) {
+        (Err(error), Some(reason)) if error.kind == ErrorKind::Io => {
+            let reason: String = reason.chars().take(300).collect();
+            let failed = Error::new(ErrorKind::Conflict, format!("{what}: {reason}"));
+            Err(match error.source {
+                Some(source) => failed.because(source),
+                None => failed,
+            })
+        }
+        (result, _) => result.map(drop),
+    }
+}
+
+/// Makes `path` and everything above it down to the staging directory readable for programs that drop root's rights.
+fn readable(path: &Path) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+        .map_err(|error| Error::io("set the mode of", path, error))
+}
