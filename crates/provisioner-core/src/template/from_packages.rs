@@ -13,7 +13,7 @@ use crate::{Error, ErrorKind, Result};
 
 /// What mmdebstrap installs; the rest is the customise script's.
 const PACKAGES: &str = "apt,linux-image-cloud-amd64,initramfs-tools,systemd-sysv,dbus,udev,kmod,e2fsprogs,fdisk,\
-    cloud-init,cloud-guest-utils,netplan.io,qemu-guest-agent,openssh-server,sudo,curl,ca-certificates,\
+    cloud-init,cloud-guest-utils,netplan.io,systemd-resolved,qemu-guest-agent,openssh-server,sudo,curl,ca-certificates,\
     debian-archive-keyring,iproute2,iputils-ping,less,nano,procps";
 /// The smallest disk: a template larger than a small VM's disk would keep that VM from being made.
 const SMALLEST_DISK: u64 = 3 << 30;

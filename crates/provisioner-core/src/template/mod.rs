@@ -288,3 +288,224 @@ fn readable(path: &Path) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
         .map_err(|error| Error::io("set the mode of", path, error))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::progress::Silent;
+    use std::time::{Duration, Instant};
+
+    /// Makes the smallest possible image at once.
+    #[derive(Default)]
+    struct Quick {
+        identity: &'static str,
+        fail: bool,
+        made: u32,
+        space: u64,
+        without_packages: bool,
+    }
+
+    impl Maker for Quick {
+        fn identity(&mut self, _progress: &dyn Progress, _cancel: &Cancel) -> Result<String> {
+            Ok(self.identity.to_owned())
+        }
+        fn space(&self) -> u64 {
+            self.space
+        }
+        fn make(&mut self, stage: &Stage, _: &dyn Progress, cancel: &Cancel) -> Result<BTreeMap<String, String>> {
+            self.made += 1;
+            fs::write(stage.image, qcow2::tests::image(3 << 30, None, 0)).unwrap();
+            cancel.check()?;
+            if self.fail {
+                return Err(Error::new(ErrorKind::Io, "cannot install: no"));
+            }
+            let list = fs::read_to_string(stage.work.join("packages.list")).unwrap();
+            let pairs = list.lines().map(|line| line.split_once(' ').unwrap());
+            Ok(pairs.filter(|_| !self.without_packages).map(|(a, b)| (a.to_owned(), b.to_owned())).collect())
+        }
+    }
+
+    fn directories(state: &Path) -> Directories {
+        Directories { state: state.to_owned(), ..Directories::default() }
+    }
+
+    fn nobody() -> Result<BTreeSet<PathBuf>> {
+        Ok(BTreeSet::new())
+    }
+
+    fn request(force: bool, allow_no_packages: bool) -> BuildRequest<'static> {
+        BuildRequest {
+            source: Source::Packages { suite: DEFAULT_SUITE.to_owned() },
+            force,
+            allow_no_packages,
+            proxy: None,
+            emulate: true,
+            in_use: &nobody,
+        }
+    }
+
+    fn run(maker: &mut Quick, force: bool, state: &Path) -> Result<Built> {
+        build_with(maker, &request(force, true), &directories(state), &Silent, &Cancel::default())
+    }
+
+    fn names(state: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(state.join("templates"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_same_inputs_are_built_once_and_anything_new_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let mut maker = Quick { identity: "one", ..Quick::default() };
+        let first = run(&mut maker, false, state).unwrap();
+        assert!(first.fresh);
+        let again = run(&mut maker, false, state).unwrap();
+        assert!(!again.fresh);
+        assert_eq!(again.template, first.template);
+        assert_eq!(maker.made, 1);
+
+        let forced = run(&mut maker, true, state).unwrap();
+        assert_ne!(forced.template.path, first.template.path);
+        assert_eq!(forced.removed, [first.template.path]);
+
+        maker.identity = "two";
+        assert!(run(&mut maker, false, state).unwrap().fresh);
+
+        let packages = directories(state).template_packages();
+        fs::create_dir(&packages).unwrap();
+        if packages::tests::deb(&packages, "a.deb", "a", "1").is_none() {
+            return;
+        }
+        assert!(run(&mut maker, false, state).unwrap().fresh);
+        assert!(!run(&mut maker, false, state).unwrap().fresh);
+        packages::tests::deb(&packages, "a.deb", "a", "2").unwrap();
+        let last = run(&mut maker, false, state).unwrap();
+        assert!(last.fresh);
+        let manifest = fs::read_to_string(last.template.path.with_extension("json")).unwrap();
+        let manifest: Manifest = serde_json::from_str(&manifest).unwrap();
+        assert_eq!(manifest.installed.get("a").map(String::as_str), Some("2"));
+        assert_eq!(names(state).len(), 6, "{:?}", names(state));
+    }
+
+    #[test]
+    fn a_failed_build_leaves_the_previous_template_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let good = run(&mut Quick::default(), false, state).unwrap();
+        let before = names(state);
+        let packages = directories(state).template_packages();
+        fs::create_dir(&packages).unwrap();
+        let has_dpkg = packages::tests::deb(&packages, "a.deb", "a", "1").is_some();
+
+        let failed = run(&mut Quick { fail: true, ..Quick::default() }, true, state).unwrap_err();
+        assert_eq!(failed.message, "cannot install: no");
+        let full = run(&mut Quick { space: u64::MAX, ..Quick::default() }, true, state).unwrap_err();
+        assert_eq!(full.kind, ErrorKind::Exhausted);
+        if has_dpkg {
+            let lacking = run(&mut Quick { without_packages: true, ..Quick::default() }, true, state).unwrap_err();
+            assert_eq!(lacking.message, "not installed in the image: a 1");
+        }
+        let cancel = Cancel::default();
+        cancel.cancel();
+        let stopped =
+            build_with(&mut Quick::default(), &request(true, true), &directories(state), &Silent, &cancel).unwrap_err();
+        assert_eq!(stopped.kind, ErrorKind::Interrupted);
+
+        assert_eq!(names(state), before);
+        assert_eq!(current(&directories(state)).unwrap(), good.template);
+    }
+
+    #[test]
+    fn an_image_nobody_could_log_in_to_is_refused_unless_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut maker = Quick::default();
+        let error =
+            build_with(&mut maker, &request(false, false), &directories(dir.path()), &Silent, &Cancel::default())
+                .unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotFound);
+        assert!(error.hint.unwrap().contains("--allow-no-packages"));
+        assert_eq!(maker.made, 0);
+    }
+
+    #[test]
+    fn two_builds_at_once_make_one_template() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let outcomes: Vec<Built> = std::thread::scope(|scope| {
+            let builds: Vec<_> =
+                (0..4).map(|_| scope.spawn(|| run(&mut Quick::default(), false, state).unwrap())).collect();
+            builds.into_iter().map(|build| build.join().unwrap()).collect()
+        });
+        assert_eq!(outcomes.iter().filter(|built| built.fresh).count(), 1);
+        assert!(outcomes.iter().all(|built| built.template == outcomes[0].template));
+    }
+
+    /// Where the child of the next test builds; set only for that child.
+    const KILLED_BUILD: &str = "BLOCKHOST_TEST_KILLED_BUILD";
+
+    struct Endless;
+
+    impl Maker for Endless {
+        fn identity(&mut self, _progress: &dyn Progress, _cancel: &Cancel) -> Result<String> {
+            Ok("endless".into())
+        }
+        fn space(&self) -> u64 {
+            0
+        }
+        fn make(&mut self, stage: &Stage, _: &dyn Progress, cancel: &Cancel) -> Result<BTreeMap<String, String>> {
+            use crate::child::CommandExt;
+            let pid = stage.directory.join("pid");
+            crate::child::tied("sh")
+                .args(["-c", "mkdir -p \"$1.d/a/b\"; echo $$ > \"$1\"; exec sleep 300", "sh"])
+                .arg(pid)
+                .run("cannot sleep", cancel)?;
+            Ok(BTreeMap::new())
+        }
+    }
+
+    #[test]
+    fn a_killed_build_leaves_no_process_and_the_next_build_no_trace() {
+        if let Some(state) = std::env::var_os(KILLED_BUILD) {
+            let directories = directories(Path::new(&state));
+            let _ = build_with(&mut Endless, &request(true, true), &directories, &Silent, &Cancel::default());
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let old = run(&mut Quick::default(), false, state).unwrap();
+        let before = names(state);
+        let mut build = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "template::tests::a_killed_build_leaves_no_process_and_the_next_build_no_trace"])
+            .env(KILLED_BUILD, state)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let end = Instant::now() + Duration::from_secs(60);
+        let pid = loop {
+            assert!(Instant::now() < end);
+            std::thread::sleep(Duration::from_millis(10));
+            let staging = names(state).into_iter().find(|name| name.starts_with(".staging-"));
+            let pid = staging.and_then(|s| fs::read_to_string(state.join("templates").join(s).join("pid")).ok());
+            if let Some(pid) = pid.filter(|pid| pid.ends_with('\n')) {
+                break pid.trim().to_owned();
+            }
+        };
+        build.kill().unwrap();
+        build.wait().unwrap();
+        assert_eq!(current(&directories(state)).unwrap(), old.template);
+        let gone = || fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z"));
+        while !gone() {
+            assert!(Instant::now() < end, "the build's child outlives it");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(names(state).len() > before.len());
+        assert!(!run(&mut Quick::default(), false, state).unwrap().fresh);
+        assert_eq!(names(state), before);
+    }
+}

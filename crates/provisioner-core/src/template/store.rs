@@ -212,12 +212,13 @@ impl Store {
         let mut removed = Vec::new();
         for name in self.names()? {
             let path = self.path.join(&name);
-            if let Some(stem) = stem_of(&name, SUFFIX) {
-                if !keep.contains(&path) && path.is_file() {
-                    fs::remove_file(&path).map_err(|error| Error::io("remove", &path, error))?;
-                    progress.note(&format!("removed {stem}{SUFFIX}, which no VM uses"));
-                    removed.push(path);
-                }
+            if let Some(stem) = stem_of(&name, SUFFIX)
+                && !keep.contains(&path)
+                && path.is_file()
+            {
+                fs::remove_file(&path).map_err(|error| Error::io("remove", &path, error))?;
+                progress.note(&format!("removed {stem}{SUFFIX}, which no VM uses"));
+                removed.push(path);
             }
         }
         for name in self.names()? {
