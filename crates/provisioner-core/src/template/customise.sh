@@ -76,8 +76,6 @@ apt:
 # A copy of the image must never share its host keys with another one.
 ssh_deletekeys: true
 ssh_genkeytypes: [ ed25519, ecdsa, rsa ]
-# sshd is configured by the image.
-ssh_pwauth: unchanged
 growpart:
   mode: auto
   devices: [ '/' ]
@@ -105,7 +103,8 @@ printf 'Include %s/*.conf\n' "$dropins" | cat - "$config" > "$config.new"
 chmod --reference="$config" "$config.new"
 mv "$config.new" "$config"
 cat > "$dropins/00-blockhost.conf" <<'END'
-# A login answers a challenge through PAM; passwords and root are out.
+# A login answers a challenge through PAM; passwords and root are out. Read first, so that no later file, such as the
+# one cloud-init writes for ssh_pwauth, can say otherwise.
 KbdInteractiveAuthentication yes
 ChallengeResponseAuthentication yes
 UsePAM yes
@@ -129,7 +128,9 @@ rm -f /etc/netplan/50-cloud-init.yaml /etc/network/interfaces.d/50-cloud-init /e
 : > /etc/machine-id
 rm -f /var/lib/dbus/machine-id /var/lib/systemd/random-seed /var/lib/systemd/credential.secret
 rm -f /var/lib/dhcp/*.lease* /root/.bash_history /root/.lesshst /root/.wget-hsts
-rm -rf /tmp/* /var/tmp/cloud-init /run/sshd
+# Not /tmp: whoever runs this keeps files there that are still needed (mmdebstrap the settings that tell apt to work on
+# the tree and not on the building host).
+rm -rf /var/tmp/cloud-init /run/sshd
 apt-get clean
 rm -rf /var/lib/apt/lists/*
 rm -f /var/cache/apt/*.bin /var/cache/debconf/*-old /var/lib/dpkg/*-old

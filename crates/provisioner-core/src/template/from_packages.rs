@@ -84,6 +84,8 @@ impl Maker for FromPackages {
         command
             .args(["--mode=root", "--variant=minbase", "--architectures=amd64"])
             .arg(format!("--include={PACKAGES}"))
+            // The script has done it, with apt inside the tree; mmdebstrap would do it with the host's.
+            .arg("--skip=cleanup/apt")
             // Translations of programs' messages, a tenth of the image.
             .args([
                 "--dpkgopt=path-exclude=/usr/share/locale/*",
