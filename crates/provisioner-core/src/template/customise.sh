@@ -66,6 +66,8 @@ say "phase configuring the image"
 for unit in systemd-networkd systemd-resolved ssh; do
     systemctl enable "$unit" > /dev/null 2>&1 || die "cannot enable $unit"
 done
+# Looks for LVM snapshots at every boot, for seconds; this image has no LVM.
+systemctl disable e2scrub_reap.service e2scrub_all.timer > /dev/null 2>&1 || :
 mkdir -p /etc/cloud/cloud.cfg.d
 cat > /etc/cloud/cloud.cfg.d/95-blockhost.cfg <<'END'
 # Only the seed on the CD-ROM: nothing is asked of the network, and boot does not wait for it.
@@ -81,6 +83,7 @@ growpart:
   devices: [ '/' ]
 END
 printf 'LANG=C.UTF-8\n' > /etc/default/locale
+[ -s /etc/hosts ] || printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' > /etc/hosts
 # The host asks the agent to run commands and read files; a list of forbidden calls must not stand in the way.
 if [ -f /etc/qemu/qemu-ga.conf ]; then
     sed -i -E 's/^[[:space:]]*(blacklist|block-rpcs|allow-rpcs)[[:space:]]*=/#&/' /etc/qemu/qemu-ga.conf

@@ -273,11 +273,8 @@ fn run_customise(
     match (result, reason) {
         (Err(error), Some(reason)) if error.kind == ErrorKind::Io => {
             let reason: String = reason.chars().take(300).collect();
-            let failed = Error::new(ErrorKind::Conflict, format!("{what}: {reason}"));
-            Err(match error.source {
-                Some(source) => failed.because(source),
-                None => failed,
-            })
+            // What the program said around it would only repeat it, and the installer shows 500 characters.
+            Err(Error::new(ErrorKind::Conflict, format!("{what}: {reason}")))
         }
         (result, _) => result.map(drop),
     }
