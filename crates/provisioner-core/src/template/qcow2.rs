@@ -104,15 +104,22 @@ pub fn header(path: &Path) -> Result<Header> {
 /// taken from the image's directory, as QEMU does. `None` for an image without one.
 ///
 /// # Errors
-/// As [`header`].
+/// As [`header`]; [`ErrorKind::Invalid`] for a name that is no path, such as `json:…` or `nbd:…`.
 pub fn backing_file(path: &Path) -> Result<Option<PathBuf>> {
-    let name = header(path)?.backing_file;
-    Ok(name.map(|name| {
-        let name = name.strip_prefix("file:").map(Path::to_path_buf).unwrap_or(name);
-        match path.parent() {
-            Some(dir) if name.is_relative() => dir.join(name),
-            _ => name,
+    let Some(name) = header(path)?.backing_file else { return Ok(None) };
+    let text = name.to_string_lossy();
+    let name = match text.split_once(':') {
+        Some(("file", rest)) => PathBuf::from(rest),
+        // As QEMU does: a colon before the first slash makes it a protocol, and json: can name any file.
+        Some((protocol, _)) if !protocol.contains('/') => {
+            let message = format!("{} has a backing file that is no plain path: {text}", path.display());
+            return Err(Error::new(ErrorKind::Invalid, message));
         }
+        _ => name,
+    };
+    Ok(Some(match path.parent() {
+        Some(dir) if name.is_relative() => dir.join(name),
+        _ => name,
     }))
 }
 
@@ -247,6 +254,19 @@ pub(crate) mod tests {
     fn a_relative_backing_file_is_taken_from_the_images_directory() {
         let (dir, path) = written(&image(1, Some("base.qcow2"), 0));
         assert_eq!(backing_file(&path).unwrap(), Some(dir.path().join("base.qcow2")));
+    }
+
+    #[test]
+    fn a_name_that_is_no_path_makes_the_answer_unknown() {
+        for name in ["json:{\"driver\":\"qcow2\"}", "nbd:host:10809"] {
+            let (dir, path) = written(&image(1, Some(name), 0));
+            assert_eq!(backing_file(&path).unwrap_err().kind, ErrorKind::Invalid);
+            assert!(backing_files_in(dir.path()).is_err());
+        }
+        let (_dir, path) = written(&image(1, Some("file:/base:1.qcow2"), 0));
+        assert_eq!(backing_file(&path).unwrap(), Some(PathBuf::from("/base:1.qcow2")));
+        let (_dir, path) = written(&image(1, Some("/base:1.qcow2"), 0));
+        assert_eq!(backing_file(&path).unwrap(), Some(PathBuf::from("/base:1.qcow2")));
     }
 
     #[test]

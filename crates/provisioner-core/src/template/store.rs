@@ -106,7 +106,12 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Io`], [`ErrorKind::Interrupted`].
     pub fn open(path: &Path, progress: &dyn Progress, cancel: &Cancel) -> Result<Self> {
-        fs::create_dir_all(path).map_err(|error| Error::io("create", path, error))?;
+        if !path.exists() {
+            // Whatever the umask is: creates look here as another user.
+            fs::create_dir_all(path)
+                .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)))
+                .map_err(|error| Error::io("create", path, error))?;
+        }
         let path = &fs::canonicalize(path).map_err(|error| Error::io("find", path, error))?;
         let build = lock_file(&path.join(BUILD_LOCK), 0o600)?;
         let mut told = false;
