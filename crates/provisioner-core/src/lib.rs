@@ -4,6 +4,7 @@
 
 pub mod bridge;
 pub mod cancel;
+pub mod child;
 pub mod database;
 pub mod durable;
 pub mod error;
@@ -16,5 +17,6 @@ pub mod progress;
 pub mod root_agent;
 pub mod seed;
 pub mod settings;
+pub mod template;
 
 pub use error::{Error, ErrorKind, Result};
