@@ -4,12 +4,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint fmt clean
+.PHONY: help setup build demo test test-host bench lint fmt clean
 
 WITH_HOST := tests/host/with-host
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the Debian packages that are missing
 	@tests/host/setup
@@ -23,6 +23,9 @@ demo: setup ## Build a template, create a real VM, look at it, destroy it
 
 test: setup ## Run all tests, with real VMs
 	@$(WITH_HOST) tests/run
+
+test-host: setup ## Check the commands on a real Debian 12 host, as a VM: systemd, cgroup v2, AppArmor
+	@tests/hostvm/run
 
 bench: build ## Measure against virsh and qemu-img; fails when slower than promised
 	@$(WITH_HOST) tests/bench/run

@@ -152,22 +152,11 @@ impl Record {
                 found: kind(value),
             })?,
         };
+        // Other programs' key, and of no use to the rest of the record: what is no id counts as none.
         let nft_token_id = match map.get("nft_token_id") {
-            None | Some(Value::Null) => None,
-            Some(Value::String(text)) if text.is_empty() => None,
-            Some(value @ (Value::Number(_) | Value::String(_))) => {
-                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                let id = NftId::new(&text).map_err(|_| InvalidRecord {
-                    key: "nft_token_id",
-                    expected: "a whole number or 1 to 128 letters and digits",
-                    found: format!("{:?}", text.chars().take(40).collect::<String>()),
-                })?;
-                Some(id)
-            }
-            Some(other) => {
-                let found = kind(other);
-                return Err(InvalidRecord { key: "nft_token_id", expected: "an integer or a text", found });
-            }
+            Some(Value::String(text)) => NftId::new(text).ok(),
+            Some(value @ Value::Number(_)) => NftId::new(&value.to_string()).ok(),
+            _ => None,
         };
         let vm_name = text(map, "vm_name")?;
         Ok(Self {
@@ -314,6 +303,8 @@ mod tests {
             (json!("00ffab"), Some("00ffab")),
             (json!(""), None),
             (Value::Null, None),
+            (json!(-1), None),
+            (json!({}), None),
             (
                 "115792089237316195423570985008687907853269984665640564039457584007913129639935".parse().unwrap(),
                 Some("115792089237316195423570985008687907853269984665640564039457584007913129639935"),

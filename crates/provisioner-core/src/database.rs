@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::hash::Hash;
 use std::io::{self, ErrorKind as Io};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -294,15 +294,22 @@ impl Document {
         Ok(address)
     }
 
-    /// Gives addresses back, except those that a live record of another VM than `name` holds by now.
+    /// Gives addresses back, except those that a live record of another VM than `name` holds by now, and those that
+    /// `claimed` says are somebody's although no record does.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when a list is no list.
-    pub fn release_addresses(&mut self, name: &VmName, ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Result<()> {
-        if let Some(address) = ipv4 {
+    pub fn release_addresses(
+        &mut self,
+        name: &VmName,
+        ipv4: Option<Ipv4Addr>,
+        ipv6: Option<Ipv6Addr>,
+        claimed: &dyn Fn(IpAddr) -> bool,
+    ) -> Result<()> {
+        if let Some(address) = ipv4.filter(|address| !claimed((*address).into())) {
             self.release(name, IPV4_LIST, "ip_address", address)?;
         }
-        if let Some(address) = ipv6 {
+        if let Some(address) = ipv6.filter(|address| !claimed((*address).into())) {
             self.release(name, IPV6_LIST, "ipv6_address", address)?;
         }
         Ok(())
@@ -431,12 +438,12 @@ impl Document {
         Ok(())
     }
 
-    /// Marks a VM as gone since `at` and gives its addresses back. Says whether that changed anything: a second time,
+    /// Marks a VM as gone since `at` and gives its addresses back, as [`Self::release_addresses`] does. Says whether that changed anything: a second time,
     /// and without a record, it does not.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when the record is so damaged that its status cannot be told.
-    pub fn mark_destroyed(&mut self, name: &VmName, at: Timestamp) -> Result<bool> {
+    pub fn mark_destroyed(&mut self, name: &VmName, at: Timestamp, claimed: &dyn Fn(IpAddr) -> bool) -> Result<bool> {
         if self.raw_record(name).is_none() {
             return Ok(false);
         }
@@ -448,7 +455,7 @@ impl Document {
         record.insert("destroyed_at".into(), at.to_string().into());
         let ipv4 = parsed(record.get("ip_address"));
         let ipv6 = parsed(record.get("ipv6_address"));
-        self.release_addresses(name, ipv4, ipv6)?;
+        self.release_addresses(name, ipv4, ipv6, claimed)?;
         Ok(true)
     }
 }
@@ -599,6 +606,17 @@ mod tests {
     }
 
     #[test]
+    fn an_address_somebody_claims_is_not_given_back() {
+        let mut db = Document::parse(
+            r#"{"vms":{"a":{"status":"active","ip_address":"10.0.0.7"}},"allocated_ips":["10.0.0.7"]}"#,
+        )
+        .unwrap();
+        let claimed = "10.0.0.7".parse::<IpAddr>().unwrap();
+        assert!(db.mark_destroyed(&name("a"), Timestamp::now(), &|address| address == claimed).unwrap());
+        assert!(db.render().contains("\"10.0.0.7\"\n  ]"), "{}", db.render());
+    }
+
+    #[test]
     fn addresses_are_given_out_in_order_and_skip_lists_records_and_what_else_is_known() {
         let mut db = document(json!({
             "vms": {
@@ -665,7 +683,7 @@ mod tests {
             ErrorKind::Conflict
         );
         db.unregister(&new.vm_name, Some(&replaced)).unwrap();
-        db.release_addresses(&new.vm_name, Some(new.ip_address), new.ipv6_address).unwrap();
+        db.release_addresses(&new.vm_name, Some(new.ip_address), new.ipv6_address, &|_| false).unwrap();
         assert_eq!(document(before.parse().unwrap()).vms(), db.vms());
         assert_eq!(db.root["allocated_ips"], json!([]));
         db.register(&new_record("z", "10.0.0.7", None)).unwrap();
@@ -687,13 +705,14 @@ mod tests {
     fn destroying_twice_does_not_free_the_address_of_its_new_owner() {
         let mut db = Document::default();
         db.register(&new_record("old", "10.0.0.2", Some("2001:db8::2"))).unwrap();
-        assert!(db.mark_destroyed(&name("old"), at()).unwrap());
+        assert!(db.mark_destroyed(&name("old"), at(), &|_| false).unwrap());
         assert_eq!((&db.root["allocated_ips"], &db.root["allocated_ipv6"]), (&json!([]), &json!([])));
         db.register(&new_record("new", "10.0.0.2", Some("2001:db8::2"))).unwrap();
         let before = db.render();
-        assert!(!db.mark_destroyed(&name("old"), time("2027-01-01T00:00:00Z")).unwrap());
-        db.release_addresses(&name("old"), Some(Ipv4Addr::new(10, 0, 0, 2)), "2001:db8::2".parse().ok()).unwrap();
-        assert!(!db.mark_destroyed(&name("never-was"), at()).unwrap());
+        assert!(!db.mark_destroyed(&name("old"), time("2027-01-01T00:00:00Z"), &|_| false).unwrap());
+        db.release_addresses(&name("old"), Some(Ipv4Addr::new(10, 0, 0, 2)), "2001:db8::2".parse().ok(), &|_| false)
+            .unwrap();
+        assert!(!db.mark_destroyed(&name("never-was"), at(), &|_| false).unwrap());
         assert_eq!(db.render(), before);
         let old = db.record(&name("old")).unwrap().unwrap();
         assert_eq!((old.status, old.destroyed_at), (RecordStatus::Destroyed, Some(at())));
@@ -704,9 +723,9 @@ mod tests {
         let mut db = document(json!({"vms": {
             "a": {"status": "active", "ip_address": "10.0.0.2"}, "b": {"status": "active", "ip_address": "10.0.0.2"}
         }, "allocated_ips": ["10.0.0.2"]}));
-        db.mark_destroyed(&name("a"), at()).unwrap();
+        db.mark_destroyed(&name("a"), at(), &|_| false).unwrap();
         assert_eq!(db.root["allocated_ips"], json!(["10.0.0.2"]));
-        db.mark_destroyed(&name("b"), at()).unwrap();
+        db.mark_destroyed(&name("b"), at(), &|_| false).unwrap();
         assert_eq!(db.root["allocated_ips"], json!([]));
     }
 
@@ -727,7 +746,7 @@ mod tests {
         assert_eq!(db.record(&name("a")).unwrap().unwrap().expires_at, Some(at()));
         assert_eq!(db.root["vms"]["a"]["owner_wallet"], "0x1");
         assert_eq!(db.mark_suspended(&name("b"), at()).unwrap_err().kind, ErrorKind::NotFound);
-        db.mark_destroyed(&name("a"), at()).unwrap();
+        db.mark_destroyed(&name("a"), at(), &|_| false).unwrap();
         assert_eq!(db.mark_active(&name("a"), None).unwrap_err().kind, ErrorKind::Conflict);
         assert_eq!(db.mark_suspended(&name("a"), at()).unwrap_err().kind, ErrorKind::Conflict);
     }
@@ -743,7 +762,7 @@ mod tests {
                 .to_string()
                 .contains("the record of VM \"c\" is damaged: status must be")
         );
-        assert_eq!(db.mark_destroyed(&name("a"), at()).unwrap_err().kind, ErrorKind::Invalid);
+        assert_eq!(db.mark_destroyed(&name("a"), at(), &|_| false).unwrap_err().kind, ErrorKind::Invalid);
         db.register(&new_record("d", "10.0.0.2", None)).unwrap();
         assert!(db.render().contains("\"a\": null,"));
     }
@@ -820,7 +839,7 @@ mod tests {
             let _ = db.allocate_ipv4(&pool(0, 9), &nobody);
             let _ = db.mark_suspended(&name("a"), at());
             let _ = db.mark_active(&name("a"), None);
-            let _ = db.mark_destroyed(&name("a"), at());
+            let _ = db.mark_destroyed(&name("a"), at(), &|_| false);
             let _ = db.register(&new_record("a", "10.0.0.2", None));
             prop_assert!(Document::parse(&db.render()).is_ok());
         }

@@ -6,7 +6,8 @@
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, ErrorKind as Io, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, fchown};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
@@ -124,12 +125,45 @@ pub fn create_dir_owned(path: &Path, mode: u32) -> Result<()> {
         Err(e) if e.kind() == Io::AlreadyExists && path.is_dir() => return Ok(()),
         Err(e) => return Err(failed(e)),
     }
+    // Through a descriptor that is no link's: root works in directories that belong to the service user, who could put
+    // a link there in between.
+    let made = open_dir(path).map_err(failed)?;
     if nix::unistd::geteuid().is_root() {
         let model = fs::metadata(above).map_err(failed)?;
-        chown(path, Some(model.uid()), Some(model.gid())).map_err(failed)?;
+        fchown(&made, Some(model.uid()), Some(model.gid())).map_err(failed)?;
     }
-    fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
+    made.set_permissions(Permissions::from_mode(mode)).map_err(failed)?;
     sync_dir(above)
+}
+
+fn open_dir(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+    OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
+}
+
+/// Removes the entry `name` of `dir`, a file or a directory with all in it; that there is none is a success. Neither
+/// `dir` itself nor `name` is followed when it is a link.
+///
+/// # Errors
+/// [`ErrorKind::Io`] naming what cannot be removed.
+pub fn remove_entry(dir: &Path, name: &str) -> Result<()> {
+    let failed = |e| Error::io("remove", &dir.join(name), e);
+    let held = match open_dir(dir) {
+        Ok(held) => held,
+        Err(e) if e.kind() == Io::NotFound => return Ok(()),
+        Err(e) => return Err(failed(e)),
+    };
+    // The directory that was opened, whatever its name stands for by now.
+    let path = Path::new("/proc/self/fd").join(held.as_raw_fd().to_string()).join(name);
+    let removed = match fs::symlink_metadata(&path) {
+        Ok(entry) if entry.is_dir() => fs::remove_dir_all(&path),
+        Ok(_) => fs::remove_file(&path),
+        Err(e) => Err(e),
+    };
+    match removed {
+        Err(e) if e.kind() != Io::NotFound => Err(failed(e)),
+        _ => Ok(()),
+    }
 }
 
 /// Removes a file for good. Says whether there was one.

@@ -67,6 +67,30 @@ impl Error {
         self
     }
 
+    /// The message with all its causes and the first hint, in one text: for a warning, or to be kept.
+    #[must_use]
+    pub fn in_full(&self) -> String {
+        let mut text = self.message.clone();
+        let mut hint = self.hint.as_deref();
+        let mut next = self.source();
+        while let Some(cause) = next {
+            text = format!("{text}: {cause}");
+            hint = hint.or_else(|| cause.downcast_ref::<Self>()?.hint.as_deref());
+            next = cause.source();
+        }
+        match hint {
+            Some(hint) => format!("{text} (hint: {hint})"),
+            None => text,
+        }
+    }
+
+    /// Whether the cause is a file system without room, or a quota.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        let io = self.source.as_ref().and_then(|cause| cause.downcast_ref::<std::io::Error>());
+        io.is_some_and(|e| matches!(e.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded))
+    }
+
     /// A file operation that failed: `cannot <verb> <path>`.
     pub fn io(verb: &str, path: &std::path::Path, source: std::io::Error) -> Self {
         Self::new(ErrorKind::Io, format!("cannot {verb} {}", path.display())).because(source)
@@ -76,5 +100,21 @@ impl Error {
 impl From<provisioner_contract::InvalidName> for Error {
     fn from(invalid: provisioner_contract::InvalidName) -> Self {
         Self::new(ErrorKind::Invalid, invalid.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_full_there_are_all_causes_and_one_hint() {
+        let inner = Error::new(ErrorKind::Io, "refused").hint("look there");
+        let outer = Error::new(ErrorKind::Io, "cannot go").because(inner);
+        assert_eq!(outer.in_full(), "cannot go: refused (hint: look there)");
+        assert_eq!(
+            Error::new(ErrorKind::Io, "no").because(outer).hint("x").in_full(),
+            "no: cannot go: refused (hint: x)"
+        );
     }
 }

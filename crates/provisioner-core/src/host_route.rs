@@ -4,16 +4,16 @@
 //! `ip` (as root) or by the root agent. Both acts may be repeated.
 
 use std::fs;
-use std::io::{ErrorKind as IoKind, Read};
+use std::io::ErrorKind as IoKind;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 
 use crate::bridge::is_interface_name;
+use crate::cancel::Cancel;
+use crate::child::{self, CommandExt as _};
 use crate::{Error, ErrorKind, Result, root_agent};
 
 const TABLE: &str = "/proc/net/ipv6_route";
@@ -60,9 +60,7 @@ impl Way {
         }
         let route = format!("{address}/128");
         let done = match self {
-            Self::Direct => {
-                ip(&["-6", "route", if wanted { "replace" } else { "del" }, &route, "dev", bridge], timeout)
-            }
+            Self::Direct => ip(&["-6", "route", if wanted { "replace" } else { "del" }, &route, "dev", bridge]),
             Self::RootAgent(socket) => {
                 let action = if wanted { "ip6-route-add" } else { "ip6-route-del" };
                 root_agent::request(socket, action, json!({"address": route, "dev": bridge}), timeout).map(drop)
@@ -77,12 +75,11 @@ impl Way {
         Err(match done {
             Ok(()) => Error::new(ErrorKind::Io, format!("{message}: it was reported as done, but was not"))
                 .hint("see what else changes routes on this host"),
-            Err(error) => {
-                let hint = error.hint.clone().unwrap_or_else(|| {
-                    format!("does the bridge {bridge} exist, and is IPv6 enabled on it? the root agent knows only some bridges by name")
-                });
-                Error::new(error.kind, format!("{message}: {error}")).hint(hint).because(error)
-            }
+            // The cause has its own hint where it knows one.
+            Err(error) if error.hint.is_some() => Error::new(error.kind, message).because(error),
+            Err(error) => Error::new(error.kind, message).because(error).hint(format!(
+                "does the bridge {bridge} exist, and is IPv6 enabled on it? the root agent knows only some bridges by name"
+            )),
         })
     }
 }
@@ -112,46 +109,16 @@ fn routed(table: &str, bridge: &str, address: Ipv6Addr) -> bool {
     })
 }
 
-/// Runs `ip`; its complaint is the error.
-fn ip(args: &[&str], timeout: Duration) -> Result<()> {
-    let failed = |error| Error::new(ErrorKind::Io, "cannot run ip").because(error).hint("install the package iproute2");
-    let mut child = Command::new("ip")
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    let deadline = Instant::now() + timeout;
-    // What it says fits into the pipe: nobody has to read while it runs.
-    let status = loop {
-        if let Some(status) = child.try_wait().map_err(failed)? {
-            break status;
-        }
-        if Instant::now() >= deadline {
-            // It may have ended just now; either way it is gone after this.
-            let _ = child.kill();
-            child.wait().map_err(failed)?;
-            return Err(Error::new(ErrorKind::TimedOut, format!("ip {} did not end in time", args.join(" "))));
-        }
-        thread::sleep(Duration::from_millis(1));
-    };
-    if status.success() {
-        return Ok(());
-    }
-    let mut said = Vec::new();
-    if let Some(stderr) = child.stderr.take() {
-        // Without its complaint there is still the status.
-        let _ = stderr.take(4096).read_to_end(&mut said);
-    }
-    let said = String::from_utf8_lossy(&said).split_whitespace().collect::<Vec<_>>().join(" ");
-    Err(Error::new(ErrorKind::Io, if said.is_empty() { format!("ip: {status}") } else { said }))
+/// Runs `ip`; its complaint is the error. Not interrupted by a signal: it takes milliseconds, and undoing must go through.
+fn ip(args: &[&str]) -> Result<()> {
+    child::tied("ip").args(args).run("cannot change the host's routes", &Cancel::default()).map(drop)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::env;
+    use std::process::Command;
 
     use super::*;
 
@@ -244,7 +211,7 @@ mod tests {
         assert_eq!(asked, json!({"action": "ip6-route-add", "params": {"address": "fd00:1::2/128", "dev": "br0"}}));
         let error = result.unwrap_err();
         assert!(
-            error.kind == ErrorKind::Io && error.message.ends_with("the root agent refused: Invalid device"),
+            error.kind == ErrorKind::Io && error.in_full().contains("the root agent refused: Invalid device"),
             "{error}"
         );
         let (result, _) = ask("b", json!({"ok": true}), true);
@@ -261,15 +228,6 @@ mod tests {
         Way::Direct.remove("br0", address, LIMIT).unwrap();
         nobody.remove("br0", address, LIMIT).unwrap();
         assert_eq!(nobody.ensure("../x", address, LIMIT).unwrap_err().kind, ErrorKind::Invalid);
-    }
-
-    #[test]
-    fn a_program_that_hangs_is_ended() {
-        // `ip monitor` never ends by itself.
-        let begun = Instant::now();
-        let error = ip(&["monitor", "route"], Duration::from_millis(100)).unwrap_err();
-        assert_eq!(error.kind, ErrorKind::TimedOut);
-        assert!(begun.elapsed() < Duration::from_secs(5));
     }
 
     #[test]

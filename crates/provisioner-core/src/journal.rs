@@ -1,9 +1,10 @@
 //! The intent journal: one small file per VM that a create or destroy is working on, written before each effect. After
 //! a crash it says what may exist. It is removed when nothing is left to do.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind as Io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use provisioner_contract::{Timestamp, VmName};
@@ -26,6 +27,16 @@ pub enum Operation {
     Destroy,
 }
 
+/// A volume by the names libvirt knows it by.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolVolume {
+    /// The storage pool.
+    pub pool: String,
+    /// The volume in it.
+    pub name: String,
+}
+
 /// What a create or destroy has made, or is about to make or remove. Every effect is named here before it happens.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,10 +55,8 @@ pub struct Journal {
     pub creation_id: String,
     /// When it began.
     pub started_at: Timestamp,
-    /// The libvirt pool the volumes are in.
-    pub pool: String,
-    /// Names of volumes in that pool.
-    pub volumes: Vec<String>,
+    /// The volumes, each in its pool.
+    pub volumes: Vec<PoolVolume>,
     /// The IPv4 address taken for it.
     pub ipv4: Option<Ipv4Addr>,
     /// The IPv6 address taken for it, and routed to `bridge`.
@@ -58,8 +67,6 @@ pub struct Journal {
     pub bridge: String,
     /// The record of a destroyed VM of that name which registering replaced; put back by an undo.
     pub replaced_record: Option<Value>,
-    /// Whether the create has succeeded: from then on nothing of it is undone.
-    pub committed: bool,
 }
 
 impl Journal {
@@ -72,7 +79,6 @@ impl Journal {
         vm_name: &VmName,
         command: &str,
         creation_id: &str,
-        pool: &str,
         bridge: &str,
     ) -> Result<Self> {
         Ok(Self {
@@ -83,14 +89,12 @@ impl Journal {
             command: command.to_owned(),
             creation_id: creation_id.to_owned(),
             started_at: Timestamp::now(),
-            pool: pool.to_owned(),
             volumes: Vec::new(),
             ipv4: None,
             ipv6: None,
             domain_uuid: None,
             bridge: bridge.to_owned(),
             replaced_record: None,
-            committed: false,
         })
     }
 
@@ -139,6 +143,35 @@ impl Journal {
     /// [`ErrorKind::Io`] naming the file.
     pub fn remove(dirs: &Directories, name: &VmName) -> Result<()> {
         durable::remove_durable(&path(dirs, name)).map(|_| ())
+    }
+
+    /// The addresses that journals of other VMs than `except` claim. One that cannot be read as a journal claims what
+    /// addresses it still shows: a damaged file of one VM must not stop the others.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the directory or a file is there and cannot be read.
+    pub fn claims(dirs: &Directories, except: &VmName) -> Result<BTreeSet<IpAddr>> {
+        let mut claims = BTreeSet::new();
+        for (name, journal) in Self::list(dirs)? {
+            if name == *except {
+                continue;
+            }
+            match journal {
+                Ok(journal) => {
+                    claims.extend(journal.ipv4.map(IpAddr::from));
+                    claims.extend(journal.ipv6.map(IpAddr::from));
+                }
+                Err(error) if error.kind == ErrorKind::Invalid => {
+                    let text = fs::read_to_string(path(dirs, &name)).unwrap_or_default();
+                    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+                    let shown =
+                        ["ipv4", "ipv6"].iter().filter_map(|key| value.get(key)?.as_str()?.parse::<IpAddr>().ok());
+                    claims.extend(shown);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(claims)
     }
 
     /// All journals, by name. A damaged one is in the list, with its error.
@@ -210,14 +243,27 @@ mod tests {
 
     fn journal(name: &str) -> Journal {
         let name = VmName::new(name).unwrap();
-        let mut journal =
-            Journal::begin(Operation::Create, &name, "blockhost-vm-create", "c0ffee", "blockhost", "br0").unwrap();
-        journal.volumes = vec![format!("{name}.qcow2"), format!("{name}-seed.iso")];
+        let mut journal = Journal::begin(Operation::Create, &name, "blockhost-vm-create", "c0ffee", "br0").unwrap();
+        journal.volumes = vec![PoolVolume { pool: "blockhost".into(), name: format!("{name}.qcow2") }];
         journal.ipv4 = Some(Ipv4Addr::new(10, 0, 0, 7));
         journal.ipv6 = Some("2001:db8::7".parse().unwrap());
         journal.replaced_record =
             Some(r#"{"z":1,"a":{"nft_token_id":123456789012345678901234567890,"x":1.50}}"#.parse().unwrap());
         journal
+    }
+
+    #[test]
+    fn journals_claim_addresses_even_when_they_cannot_be_read() {
+        let (_root, dirs) = host();
+        journal("web1").store(&dirs).unwrap();
+        fs::write(dirs.journal().join("odd.json"), r#"{"version": 9, "ipv4": "10.0.0.9", "ipv6": 5}"#).unwrap();
+        fs::write(dirs.journal().join("broken.json"), "{").unwrap();
+        let claims = |except: &str| {
+            let except = VmName::new(except).unwrap();
+            Journal::claims(&dirs, &except).unwrap().iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(claims("web2"), ["10.0.0.7", "10.0.0.9", "2001:db8::7"]);
+        assert_eq!(claims("web1"), ["10.0.0.9"]);
     }
 
     #[test]

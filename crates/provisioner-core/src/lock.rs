@@ -195,10 +195,12 @@ impl ProvisioningLock {
         let before = fs::symlink_metadata(&file).is_ok();
         let mut warnings = Vec::new();
         change(dirs, &mut warnings, |_| {})?;
-        if let Some(warning) = warnings.pop() {
-            return Err(Error::new(ErrorKind::Io, warning));
+        let after = fs::symlink_metadata(&file).is_ok();
+        // No file where one cannot be written is nothing to remove: the create in flight has warned about it.
+        match warnings.pop() {
+            Some(warning) if after => Err(Error::new(ErrorKind::Io, warning)),
+            _ => Ok(before && !after),
         }
-        Ok(before && fs::symlink_metadata(&file).is_err())
     }
 }
 
@@ -272,6 +274,8 @@ fn agree(file: &Path, list: &[InFlight]) -> Result<()> {
     }
     match list.first() {
         Some(entry) => durable::write_atomic(file, entry.process.pid.to_string().as_bytes(), 0o644),
+        // On a read-only filesystem removing what is not there fails too.
+        None if fs::symlink_metadata(file).is_err() => Ok(()),
         None => durable::remove_durable(file).map(|_| ()),
     }
 }
@@ -468,5 +472,13 @@ mod tests {
         let texts = warnings.0.lock().unwrap();
         assert_eq!(texts.len(), 1);
         assert!(texts[0].contains("provisioning.lock"), "{texts:?}");
+    }
+
+    #[test]
+    fn where_the_file_cannot_be_written_there_is_nothing_to_sweep() {
+        let host = host();
+        fs::remove_dir(&host.dirs.run).unwrap();
+        let _create = ProvisioningLock::enter(&host.dirs, &Silent);
+        assert!(!ProvisioningLock::sweep(&host.dirs).unwrap());
     }
 }

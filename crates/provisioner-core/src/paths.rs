@@ -1,6 +1,6 @@
 //! Where the suite's files are. The defaults are the host's; tests and packaging checks move them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The four directories everything else is derived from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +51,12 @@ impl Directories {
         self.state.join("journal")
     }
 
+    /// Whether hardware virtualisation was found to work.
+    #[must_use]
+    pub fn kvm_answer(&self) -> PathBuf {
+        self.state.join("kvm.json")
+    }
+
     /// The first existing file called `name` along the configuration search path.
     #[must_use]
     pub fn find_config(&self, name: &str) -> Option<PathBuf> {
@@ -63,9 +69,9 @@ impl Directories {
         self.state.join("metrics")
     }
 
-    /// The directory of the pre-libvirt-pool seeds of the earlier Python provisioner.
+    /// Seeds of the earlier Python provisioner, a directory per VM.
     #[must_use]
-    pub fn legacy_seed(&self, name: &str) -> PathBuf {
-        self.state.join("cloud-init").join(Path::new(name))
+    pub fn legacy_seeds(&self) -> PathBuf {
+        self.state.join("cloud-init")
     }
 }

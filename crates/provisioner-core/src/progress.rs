@@ -10,6 +10,8 @@ pub trait Progress: Send + Sync {
     fn note(&self, text: &str);
     /// Something that should not be as it is, in one line.
     fn warn(&self, text: &str);
+    /// Nothing more comes; the last phase has ended.
+    fn end(&self) {}
 }
 
 /// Progress that goes nowhere.

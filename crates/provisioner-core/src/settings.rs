@@ -141,6 +141,24 @@ fn mask6(len: u8) -> u128 {
     u128::MAX.checked_shl(128 - u32::from(len.min(128))).unwrap_or(0)
 }
 
+/// What the broker has allocated to the host.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct BrokerSettings {
+    /// Only with a prefix allocated.
+    pub ipv6_pool: Option<Ipv6Pool>,
+    /// The zone in which the VMs' signing names are.
+    pub dns_zone: Option<String>,
+}
+
+/// The guests' one-time passwords.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OtpSettings {
+    /// Digits of one.
+    pub length: u32,
+    /// How long it is valid.
+    pub ttl_seconds: u32,
+}
+
 /// Everything the commands need to know about the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -158,14 +176,10 @@ pub struct Settings {
     pub storage_path: PathBuf,
     /// Without it no VM can be created.
     pub ipv4_pool: Option<Ipv4Pool>,
-    /// Only with a prefix allocated to the host.
-    pub ipv6_pool: Option<Ipv6Pool>,
-    /// Digits of a one-time password.
-    pub otp_length: u32,
-    /// How long it is valid.
-    pub otp_ttl_seconds: u32,
-    /// The zone in which the VMs' signing names are.
-    pub dns_zone: Option<String>,
+    /// What the broker has allocated to the host, or what is wrong with the file that says so. Only create needs it.
+    pub broker: Result<BrokerSettings, String>,
+    /// One-time passwords, or what is wrong with the file that says so. Only create needs it.
+    pub otp: Result<OtpSettings, String>,
     /// The host's network mode, or why there is none. Only create needs it.
     pub network_mode: Result<String, String>,
     /// The engine's pattern for wallet addresses. A mismatch is worth a warning.
@@ -177,32 +191,38 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Reads every file of the configuration. Missing files mean defaults.
+    /// Reads every file of the configuration. Missing files mean defaults. A fault in a file that only create needs is kept
+    /// for it, so that it does not stop the host's other commands.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] naming file, key and expectation; [`ErrorKind::Io`] when a file is there and unreadable.
+    /// Those of db.yaml: [`ErrorKind::Config`] naming file, key and expectation; [`ErrorKind::Io`] when it is unreadable.
     pub fn load(dirs: &Directories) -> Result<Self> {
         let mut warnings = Vec::new();
         let db = match config_file(dirs, "db.yaml")? {
             Some((path, text)) => parse_db(&path, &text)?,
             None => Db::default(),
         };
-        let (otp_length, otp_ttl_seconds) = match config_file(dirs, "web3-defaults.yaml")? {
-            Some((path, text)) => parse_web3_defaults(&path, &text)?,
-            None => OTP_DEFAULTS,
-        };
-        let broker = match config_file(dirs, "broker-allocation.json")? {
-            Some((path, text)) => parse_broker_allocation(&path, &text)?,
-            None => Broker::default(),
-        };
+        let otp = config_file(dirs, "web3-defaults.yaml")
+            .and_then(|file| file.map_or(Ok(OTP_DEFAULTS), |(path, text)| parse_web3_defaults(&path, &text)))
+            .map(|(length, ttl_seconds)| OtpSettings { length, ttl_seconds });
+        let broker = config_file(dirs, "broker-allocation.json")
+            .and_then(|file| file.map_or(Ok(Broker::default()), |(path, text)| parse_broker_allocation(&path, &text)))
+            .map(|broker| BrokerSettings {
+                ipv6_pool: broker.prefix.map(|(prefix, prefix_len)| Ipv6Pool {
+                    prefix,
+                    prefix_len,
+                    start: db.ipv6_range.0,
+                    end: db.ipv6_range.1,
+                    gateway: broker.gateway,
+                }),
+                dns_zone: broker.dns_zone,
+            });
         let engine = dirs.share.join("engine.json");
-        let address_pattern = match read(&engine)? {
-            Some(text) => parse_engine(&engine, &text).unwrap_or_else(|e| {
-                warnings.push(e.to_string());
-                None
-            }),
-            None => None,
-        };
+        let pattern = read(&engine).and_then(|text| text.map_or(Ok(None), |text| parse_engine(&engine, &text)));
+        let address_pattern = pattern.unwrap_or_else(|e| {
+            warnings.push(e.to_string());
+            None
+        });
         let bridge = match db.bridge {
             Some(bridge) => bridge,
             None => bridge_of_run(dirs, &mut warnings),
@@ -215,30 +235,49 @@ impl Settings {
             storage_pool: db.storage_pool,
             storage_path: db.storage_path,
             ipv4_pool: db.ipv4_pool,
-            ipv6_pool: broker.prefix.map(|(prefix, prefix_len)| Ipv6Pool {
-                prefix,
-                prefix_len,
-                start: db.ipv6_range.0,
-                end: db.ipv6_range.1,
-                gateway: broker.gateway,
-            }),
-            otp_length,
-            otp_ttl_seconds,
-            dns_zone: broker.dns_zone,
-            network_mode: network_mode(dirs)?,
+            broker: broker.map_err(|e| e.in_full()),
+            otp: otp.map_err(|e| e.in_full()),
+            network_mode: network_mode(dirs).unwrap_or_else(|e| Err(e.in_full())),
             address_pattern,
             libvirt: db.libvirt,
             warnings,
         })
     }
 
-    /// The same host as `--mock` sees it: IPv6 from `fd00::/120`, whatever is allocated.
+    /// The same host as `--mock` sees it: IPv6 from `fd00::/120`, whatever is allocated, and IPv4 from libvirt's usual
+    /// network where none is configured.
     #[must_use]
     pub fn mock(mut self) -> Self {
-        let (start, end) = self.ipv6_pool.map_or(IPV6_RANGE, |pool| (pool.start, pool.end));
+        let configured = self.broker.ok().and_then(|broker| broker.ipv6_pool);
+        let (start, end) = configured.map_or(IPV6_RANGE, |pool| (pool.start, pool.end));
         let prefix = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0);
-        self.ipv6_pool = Some(Ipv6Pool { prefix, prefix_len: 120, start, end, gateway: None });
+        let ipv6_pool = Some(Ipv6Pool { prefix, prefix_len: 120, start, end, gateway: None });
+        self.broker = Ok(BrokerSettings { ipv6_pool, dns_zone: None });
+        let network = Ipv4Addr::new(192, 168, 122, 0);
+        self.ipv4_pool.get_or_insert(Ipv4Pool {
+            network,
+            prefix_len: 24,
+            start: IPV4_RANGE.0,
+            end: IPV4_RANGE.1,
+            gateway: None,
+        });
         self
+    }
+
+    /// What the broker has allocated, for what cannot do without.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] saying what is wrong with it.
+    pub fn require_broker(&self) -> Result<&BrokerSettings> {
+        self.broker.as_ref().map_err(|why| Error::new(ErrorKind::Config, why))
+    }
+
+    /// The one-time passwords' settings, for what cannot do without.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] saying what is wrong with them.
+    pub fn require_otp(&self) -> Result<OtpSettings> {
+        self.otp.as_ref().copied().map_err(|why| Error::new(ErrorKind::Config, why))
     }
 
     /// The IPv4 pool, for what cannot do without.
@@ -979,12 +1018,26 @@ terraform_dir: /opt/x
     fn a_host_without_any_file_has_the_defaults_and_says_what_is_missing() {
         let settings = Settings::load(&host(&[]).dirs).unwrap();
         assert_eq!(settings.bridge, "br0");
-        assert_eq!((settings.otp_length, settings.otp_ttl_seconds), (6, 300));
-        assert_eq!((&settings.ipv6_pool, &settings.dns_zone), (&None, &None));
+        assert_eq!(settings.otp, Ok(OtpSettings { length: 6, ttl_seconds: 300 }));
+        assert_eq!(settings.broker, Ok(BrokerSettings::default()));
         assert_eq!(settings.require_ipv4_pool().unwrap_err().kind, ErrorKind::Config);
         let error = settings.require_network_mode().unwrap_err();
         assert_eq!(error.to_string(), "cannot tell the network mode: no network mode is enabled");
         assert!(settings.warnings.is_empty());
+    }
+
+    /// Stopping a VM must not depend on the digits of a password.
+    #[test]
+    fn a_fault_in_a_file_that_only_create_needs_is_kept_for_create() {
+        let host = host(&[
+            ("etc/web3-defaults.yaml", "auth: {otp_length: six}"),
+            ("etc/broker-allocation.json", "{"),
+            ("etc/network-modes.enabled", "no directory"),
+        ]);
+        let settings = Settings::load(&host.dirs).unwrap();
+        assert!(settings.require_otp().unwrap_err().message.contains("auth.otp_length"));
+        assert!(settings.require_broker().unwrap_err().message.contains("broker-allocation.json"));
+        assert!(settings.require_network_mode().unwrap_err().message.contains("network-modes.enabled"));
     }
 
     #[test]
@@ -994,7 +1047,7 @@ terraform_dir: /opt/x
         fs::create_dir_all(&host.dirs.config[0]).unwrap();
         fs::write(host.dirs.config[0].join("db.yaml"), "bridge: b1\n").unwrap();
         let settings = Settings::load(&host.dirs).unwrap();
-        assert_eq!((settings.bridge.as_str(), settings.otp_length), ("b1", 9));
+        assert_eq!((settings.bridge.as_str(), settings.require_otp().unwrap().length), ("b1", 9));
     }
 
     #[test]
@@ -1042,10 +1095,12 @@ terraform_dir: /opt/x
             ("etc/broker-allocation.json", r#"{"prefix":"2001:db8::/125"}"#),
         ];
         let settings = Settings::load(&host(&files).dirs).unwrap();
-        let pool = settings.ipv6_pool.clone().unwrap();
+        let pool = settings.require_broker().unwrap().ipv6_pool.clone().unwrap();
         let texts: Vec<_> = pool.candidates().map(|a| a.to_string()).collect();
         assert_eq!(texts, ["2001:db8::2", "2001:db8::3", "2001:db8::4"]);
-        let pool = settings.mock().ipv6_pool.unwrap();
+        let mock = settings.mock();
+        assert_eq!(mock.require_ipv4_pool().unwrap().to_string(), "192.168.122.0/24 .200 to .250");
+        let pool = mock.broker.unwrap().ipv6_pool.unwrap();
         assert_eq!(
             (pool.to_string().as_str(), pool.candidates().next()),
             ("fd00::/120 +1 to +4", "fd00::2".parse().ok())

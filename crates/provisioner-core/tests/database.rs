@@ -211,7 +211,8 @@ fn an_update_that_fails_or_changes_nothing_does_not_write() {
         Err::<(), _>(Error::new(ErrorKind::Conflict, "no"))
     });
     assert_eq!(failed.unwrap_err().kind, ErrorKind::Conflict);
-    db.update(|doc| doc.release_addresses(&"a".parse()?, "10.0.0.1".parse().ok(), "fd00::9".parse().ok())).unwrap();
+    db.update(|doc| doc.release_addresses(&"a".parse()?, "10.0.0.1".parse().ok(), "fd00::9".parse().ok(), &|_| false))
+        .unwrap();
     let after = fs::metadata(&path).unwrap();
     assert_eq!((before.ino(), before.mtime_nsec()), (after.ino(), after.mtime_nsec()));
     assert_eq!(fs::read_to_string(&path).unwrap(), "{\"vms\":{},\"x\":1}");

@@ -34,15 +34,8 @@ pub struct Network {
 pub struct Ipv6Network {
     /// The guest's address; it gets it as a `/128`.
     pub address: Ipv6Addr,
-    /// The host's address on the bridge, see [`ipv6_router`].
+    /// The host's address on the bridge.
     pub router: Ipv6Addr,
-}
-
-/// The host's address in the prefix that `address/prefix_len` lies in: base + 1.
-#[must_use]
-pub fn ipv6_router(address: Ipv6Addr, prefix_len: u8) -> Ipv6Addr {
-    let mask = u128::MAX.checked_shl(128_u32.saturating_sub(u32::from(prefix_len))).unwrap_or(0);
-    ((u128::from(address) & mask) | 1).into()
 }
 
 impl Network {
@@ -235,50 +228,6 @@ mod tests {
         assert!(outside.contains("Gateway=10.99.0.1\nGatewayOnLink=true\n"), "{outside}");
         let none = networkd(&Network { gateway: None, name_servers: Vec::new(), ..ipv4_only() });
         assert!(!none.contains("[Route]") && !none.contains("DNS="), "{none}");
-    }
-
-    /// cloud-init reads the format with code of its own before a renderer gets it, and refuses `default`. What it makes
-    /// of `::/0` is wrong, but only other renderers use that: netplan gets the text as it is.
-    #[test]
-    fn cloud_init_reads_addresses_and_routes() {
-        const SCRIPT: &str = r#"
-import json, sys, yaml
-from cloudinit.net.network_state import parse_net_config_data
-state = parse_net_config_data(yaml.safe_load(sys.argv[1]), skip_broken=False)
-(interface,) = state.iter_interfaces()
-out = [interface["mac_address"]]
-for subnet in interface["subnets"]:
-    out.append(" ".join([subnet["type"], "%s/%s" % (subnet["address"], subnet["prefix"])] + subnet.get("dns_nameservers", [])))
-    for route in subnet.get("routes", []):
-        out.append("%s/%s via %s" % (route["network"], route["prefix"], route.get("gateway")))
-json.dump(out, sys.stdout)
-"#;
-        let output = Command::new("/usr/bin/python3")
-            .args(["-c", SCRIPT, &dual_stack().to_yaml().unwrap()])
-            .output()
-            .expect("the package cloud-init is needed to compare with");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let lines: Vec<String> = serde_json::from_slice(&output.stdout).unwrap();
-        insta::assert_snapshot!(lines.join("\n"), @r#"
-        52:54:00:ab:cd:0e
-        static 10.20.4.200/22 9.9.9.9 2620:fe::fe
-        0.0.0.0/0 via 10.20.5.1
-        fd00:1::1/128 via None
-        ::/64 via fd00:1::1
-        static fd00:1::2/128
-        "#);
-    }
-
-    #[test]
-    fn router_is_the_first_address_of_the_prefix() {
-        for (address, len, router) in [
-            ("fd00::fe", 120, "fd00::1"),
-            ("2001:db8:1:2:3::5", 64, "2001:db8:1:2::1"),
-            ("2001:db8::", 0, "::1"),
-            ("fd00::fe", 128, "fd00::ff"),
-        ] {
-            assert_eq!(ipv6_router(address.parse().unwrap(), len), router.parse::<Ipv6Addr>().unwrap());
-        }
     }
 
     #[test]

@@ -70,7 +70,7 @@ done
 systemctl disable e2scrub_reap.service e2scrub_all.timer > /dev/null 2>&1 || :
 mkdir -p /etc/cloud/cloud.cfg.d
 cat > /etc/cloud/cloud.cfg.d/95-blockhost.cfg <<'END'
-# Only the seed on the CD-ROM: nothing is asked of the network, and boot does not wait for it.
+# Only the seed: nothing is asked of the network, and boot does not wait for it.
 datasource_list: [ NoCloud, None ]
 # The mirror the image was built from stays in use.
 apt:

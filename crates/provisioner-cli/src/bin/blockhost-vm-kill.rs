@@ -1,0 +1,27 @@
+//! `blockhost-vm-kill`: see `--help`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use provisioner_cli::Command;
+use provisioner_contract::VmName;
+use provisioner_core::power;
+
+/// Take a VM's power away, at once.
+///
+/// A VM that is off already is a success. The guest gets no chance to write what it has in memory.
+#[derive(Parser)]
+#[command(name = "blockhost-vm-kill", version, after_help = "Example:\n  blockhost-vm-kill web1")]
+struct Arguments {
+    /// Name of the VM.
+    name: VmName,
+}
+
+fn main() -> ExitCode {
+    let command = Command::new("blockhost-vm-kill");
+    let arguments: Arguments = match command.arguments() {
+        Ok(arguments) => arguments,
+        Err(code) => return code,
+    };
+    command.run(|command| Ok(power::kill(&command.host()?, &arguments.name)?))
+}

@@ -1,0 +1,157 @@
+//! Starting, stopping and killing a VM. Each is idempotent.
+
+use std::time::{Duration, Instant};
+
+use provisioner_contract::{Record, RecordStatus, VmName};
+
+use crate::host::Host;
+use crate::libvirt::{Domain, DomainState};
+use crate::lock::VmLock;
+use crate::ownership::{self, OwnDomain};
+use crate::{Error, ErrorKind, Result, recovery};
+
+/// Callers give up after 60 s; of a stop the contract asks less than 50.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// A whole stop, waiting for the VM's lock included.
+const STOP_LIMIT: Duration = Duration::from_secs(45);
+/// A guest that is still booting loses the first press of the button, so it is pressed again.
+const PRESS_AGAIN: Duration = Duration::from_secs(5);
+/// One press: QEMU answers at once, and an agent that is alive within seconds.
+const PRESS_LIMIT: Duration = Duration::from_secs(5);
+/// Letting vCPUs run again takes milliseconds, unless QEMU hangs.
+const UNPAUSE_LIMIT: Duration = Duration::from_secs(15);
+
+/// One VM under its lock, after what a dead command left of it was cleared.
+struct Locked {
+    own: OwnDomain,
+    record: Option<Record>,
+    _lock: VmLock,
+}
+
+/// With `regardless` a journal that cannot be read is no obstacle: the power of a VM must always be to be had.
+fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locked> {
+    let lock = VmLock::acquire(&host.dirs, name, LOCK_WAIT, &host.cancel, &host.command)?;
+    match recovery::recover(host, name, &lock) {
+        Err(error) if regardless && error.kind == ErrorKind::Invalid => {
+            host.progress.warn(&format!("what a dead command left of {name} is not cleared: {}", error.in_full()));
+        }
+        outcome => outcome?,
+    }
+    // A damaged database must not keep a VM from being started or stopped: ownership then rests on the metadata.
+    let record = match host.database().read().and_then(|document| document.record(name)) {
+        Ok(record) => record,
+        Err(error) => {
+            host.progress.warn(&format!("the record of {name} cannot be read: {}", error.in_full()));
+            None
+        }
+    };
+    let domain = host
+        .connect()?
+        .domain(name)?
+        .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no VM called {name}")))?;
+    let own = ownership::require_own(host, name, domain, record.as_ref())?;
+    Ok(Locked { own, record, _lock: lock })
+}
+
+/// Makes the VM run: starts it, unpauses it, wakes it, and restores the host's route to it.
+///
+/// # Errors
+/// When there is no such VM or libvirt refuses.
+pub fn start(host: &Host, name: &VmName) -> Result<()> {
+    let vm = open(host, name, false)?;
+    if vm.record.as_ref().is_some_and(|record| record.status == RecordStatus::Suspended) {
+        host.progress
+            .warn(&format!("{name} has expired: the next blockhost-vm-gc suspends it again unless it is renewed"));
+    }
+    bring_up(host, &vm.own.domain)?;
+    restore_route(host, &vm);
+    Ok(())
+}
+
+fn bring_up(host: &Host, domain: &Domain) -> Result<()> {
+    let name = domain.name();
+    match domain.state()? {
+        Some(DomainState::Running | DomainState::ShuttingDown) => return Ok(()),
+        Some(DomainState::Paused) => {
+            host.progress.phase(&format!("unpausing {name}"));
+            return domain.unpause(UNPAUSE_LIMIT);
+        }
+        Some(DomainState::PmSuspended) => {
+            host.progress.phase(&format!("waking {name}"));
+            return domain.wake(UNPAUSE_LIMIT);
+        }
+        // A crashed one may still have its process.
+        Some(DomainState::Crashed) => domain.power_off()?,
+        Some(DomainState::ShutOff) | None => {}
+    }
+    host.progress.phase(&format!("starting {name}"));
+    match domain.start() {
+        // Somebody else, such as virsh, was faster.
+        Err(_) if matches!(domain.state(), Ok(Some(DomainState::Running))) => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn restore_route(host: &Host, vm: &Locked) {
+    let metadata = vm.own.facts.metadata.as_ref().and_then(|m| m.ipv6);
+    let Some(address) = vm.record.as_ref().and_then(Record::ipv6).or(metadata) else { return };
+    if let Err(error) = host.ensure_route(&host.settings.bridge, address) {
+        host.progress.warn(&format!("{address} is not reachable through this host: {}", error.in_full()));
+    }
+}
+
+/// Shuts the VM down and waits until it is off.
+///
+/// # Errors
+/// `TimedOut` when it still runs at the end; when there is no such VM or libvirt refuses.
+pub fn stop(host: &Host, name: &VmName) -> Result<()> {
+    let deadline = Instant::now() + STOP_LIMIT;
+    let left = |most: Duration| most.min(deadline.saturating_duration_since(Instant::now()));
+    let vm = open(host, name, true)?;
+    let domain = &vm.own.domain;
+    if !domain.is_active()? {
+        return Ok(());
+    }
+    match domain.state()? {
+        // Stopped vCPUs see no button.
+        Some(DomainState::Paused) => domain.unpause(left(UNPAUSE_LIMIT))?,
+        Some(DomainState::PmSuspended) => domain.wake(left(UNPAUSE_LIMIT))?,
+        Some(DomainState::Crashed) => return domain.power_off(),
+        _ => {}
+    }
+    host.progress.phase(&format!("shutting {name} down"));
+    let mut press = Instant::now();
+    let mut refused = None;
+    let mut presses = 0_u32;
+    while domain.is_active()? {
+        if left(PRESS_LIMIT).is_zero() {
+            let what = format!("{name} still runs {} s after it was to be stopped", STOP_LIMIT.as_secs());
+            let error =
+                Error::new(ErrorKind::TimedOut, what).hint(format!("blockhost-vm-kill {name} takes its power away"));
+            return Err(match refused {
+                Some(cause) => error.because(cause),
+                None => error,
+            });
+        }
+        if Instant::now() >= press {
+            // Every other time through the agent, which reaches guests that ignore the button; one that hangs does not
+            // keep the button from being pressed.
+            let through_agent = presses % 2 == 1 && domain.agent_connected().unwrap_or(false);
+            refused = domain.request_shutdown(through_agent, left(PRESS_LIMIT)).err();
+            presses += 1;
+            press = Instant::now() + PRESS_AGAIN;
+        }
+        host.cancel.sleep(Duration::from_millis(200))?;
+    }
+    Ok(())
+}
+
+/// Takes the VM's power away.
+///
+/// # Errors
+/// When there is no such VM or it cannot be stopped.
+pub fn kill(host: &Host, name: &VmName) -> Result<()> {
+    let vm = open(host, name, true)?;
+    host.progress.phase(&format!("powering {name} off"));
+    vm.own.domain.power_off()
+}

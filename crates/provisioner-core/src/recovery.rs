@@ -1,0 +1,45 @@
+//! Finishing what a dead process began. Whoever holds a VM's lock and finds its journal knows that the writer is
+//! dead: a living one would hold the lock.
+
+use provisioner_contract::VmName;
+
+use crate::host::Host;
+use crate::journal::{Journal, Operation};
+use crate::lock::{ProvisioningLock, VmLock};
+use crate::{Error, Result, create, destroy, durable};
+
+/// Undoes a create, or finishes a destroy, that died on `name`. The caller holds the VM's lock.
+///
+/// # Errors
+/// When that cannot be done now; the journal stays for the next try.
+pub fn recover(host: &Host, name: &VmName, _lock: &VmLock) -> Result<()> {
+    // The run directory may be read-only, which must not keep a VM from being worked on.
+    if let Err(error) = ProvisioningLock::sweep(&host.dirs) {
+        host.progress.warn(&format!("the sign that a create is in flight cannot be cleared: {}", error.in_full()));
+    }
+    sweep_temporaries(host);
+    let Some(journal) = Journal::load(&host.dirs, name)? else { return Ok(()) };
+    host.progress
+        .note(&format!("finishing what {} (PID {}) left of {name} when it died", journal.command, journal.owner.pid));
+    finish(host, &journal).map_err(|error| {
+        Error::new(error.kind, format!("cannot clear what a dead command left of {name}")).because(error)
+    })
+}
+
+/// Removes half-written files of dead processes. They are in nobody's way, so a failure is not one of the command.
+fn sweep_temporaries(host: &Host) {
+    let database = host.settings.db_file.parent().map(std::path::Path::to_path_buf);
+    let ours = [host.dirs.journal(), host.dirs.locks(), host.dirs.run.clone(), host.dirs.state.clone()];
+    for dir in ours.into_iter().chain(database) {
+        if let Err(error) = durable::sweep_temporaries(&dir) {
+            tracing::debug!("cannot look for half-written files: {error}");
+        }
+    }
+}
+
+fn finish(host: &Host, journal: &Journal) -> Result<()> {
+    match journal.operation {
+        Operation::Create => create::undo(host, journal),
+        Operation::Destroy => destroy::finish(host, journal),
+    }
+}

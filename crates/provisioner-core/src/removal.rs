@@ -1,0 +1,114 @@
+//! Taking away what a VM consists of. Shared by destroy and by the undoing of a create, so every act is "ensure
+//! absent" and can be repeated.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::thread;
+use std::time::Duration;
+
+use provisioner_contract::VmName;
+
+use crate::host::Host;
+use crate::journal::{Journal, PoolVolume};
+use crate::libvirt::volume::VolumeNames;
+use crate::libvirt::{Connection, InUse};
+use crate::{Error, ErrorKind, Result, durable};
+
+/// Stops and undefines the domain called `name`, which must have this `uuid`.
+///
+/// # Errors
+/// When it cannot be stopped or undefined, or libvirt cannot be asked: then its disk must stay. [`ErrorKind::Conflict`]
+/// when the domain of that name is another one: it came later, belongs to somebody else, and may use the same disk.
+pub fn domain(connection: &Connection, name: &VmName, uuid: Option<&str>) -> Result<()> {
+    let Some(domain) = connection.domain(name)? else { return Ok(()) };
+    let found = domain.uuid()?;
+    if !uuid.is_some_and(|uuid| found.eq_ignore_ascii_case(uuid)) {
+        return Err(Error::new(
+            ErrorKind::Conflict,
+            format!("a domain called {name} was defined by somebody else while the VM was being made or removed"),
+        )
+        .hint(format!("disk and addresses were kept; undefine that domain, then: blockhost-vm-destroy {name}")));
+    }
+    domain.power_off()?;
+    domain.undefine()
+}
+
+/// Deletes the journal's volumes, and with the console log its rotated parts. Returns what the domains that are left use.
+///
+/// A volume that another domain's description names is kept, and is an error.
+///
+/// # Errors
+/// When libvirt cannot be asked or refuses.
+pub fn volumes(connection: &Connection, journal: &Journal) -> Result<InUse> {
+    let name = &journal.vm_name;
+    let own = VolumeNames::of(name);
+    let in_use = InUse::of(connection)?;
+    let mut by_pool: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for PoolVolume { pool, name } in &journal.volumes {
+        by_pool.entry(pool).or_default().insert(name.clone());
+    }
+    for (pool, mut volumes) in by_pool {
+        let pool = connection.pool(pool)?;
+        // Console logs are rotated behind libvirt's back, and an earlier provisioner made its disks without it. A pool
+        // in which somebody just fills a volume refuses to be looked at; then what is known is deleted all the same.
+        for _ in 0..10 {
+            if pool.refresh().is_ok() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        if volumes.contains(&own.console) {
+            volumes.extend(pool.volumes()?.into_iter().filter(|volume| own.is_rotated(volume)));
+        }
+        for volume in volumes {
+            if in_use.used_by_other(&pool.path(&volume), name.as_str()) {
+                let what = format!("volume {volume:?} of {name} is in use by another domain and was kept");
+                return Err(Error::new(ErrorKind::Conflict, what).hint("detach it there, then destroy again"));
+            }
+            pool.ensure_absent(&volume)?;
+        }
+    }
+    Ok(in_use)
+}
+
+/// Removes the host's route to the VM.
+///
+/// # Errors
+/// When the route is there and cannot be removed.
+pub fn route(host: &Host, journal: &Journal) -> Result<()> {
+    let Some(address) = journal.ipv6 else { return Ok(()) };
+    host.remove_route(&journal.bridge, address)
+}
+
+/// Addresses that are somebody's although no record says so: of creates under way, and of defined domains whose record
+/// another program's rewrite has lost. An address among them is neither handed out nor given back.
+#[derive(Debug, Default)]
+pub struct Claims(BTreeSet<IpAddr>);
+
+impl Claims {
+    /// The claims of others than `name`, of which nothing may be defined any more, or yet.
+    ///
+    /// # Errors
+    /// When the journals cannot be read.
+    pub fn new(host: &Host, name: &VmName, in_use: &InUse) -> Result<Self> {
+        let mut claims = Journal::claims(&host.dirs, name)?;
+        claims.extend(&in_use.addresses);
+        Ok(Self(claims))
+    }
+
+    /// Whether somebody claims `address`.
+    #[must_use]
+    pub fn contain(&self, address: IpAddr) -> bool {
+        self.0.contains(&address)
+    }
+}
+
+/// Removes the files that other programs and earlier provisioners keep per VM: metrics samples and the seed's
+/// directory.
+///
+/// # Errors
+/// When one is there and cannot be removed.
+pub fn files(host: &Host, name: &VmName) -> Result<()> {
+    durable::remove_entry(&host.dirs.metrics(), &format!("{name}.json"))?;
+    durable::remove_entry(&host.dirs.legacy_seeds(), name.as_str())
+}
