@@ -30,7 +30,8 @@ fn lab_with_template() -> (Lab, String) {
 /// Everything in the directory but the lock files, which stay.
 fn listing(dir: &Path) -> String {
     let all = output("find", &[dir.to_str().unwrap(), "-printf", "%P %l %s %T@\n"]);
-    let mut lines: Vec<_> = all.lines().filter(|l| !l.starts_with(".lock ") && !l.starts_with(".build.lock ")).collect();
+    let mut lines: Vec<_> =
+        all.lines().filter(|l| !l.starts_with(".lock ") && !l.starts_with(".build.lock ")).collect();
     // The directory itself has the time of its last change.
     lines.retain(|line| !line.starts_with(' '));
     lines.sort_unstable();

@@ -1,6 +1,7 @@
 //! The shared bootstrap of the commands: where files are, signals, logging, progress on stderr, the one place
 //! that prints an error, exit codes. The binaries in `src/bin` are arguments, one call into the core, output.
 
+pub mod limits;
 pub mod output;
 mod progress;
 mod signals;

@@ -23,6 +23,7 @@ use crate::libvirt::kvm;
 use crate::libvirt::metadata::Metadata;
 use crate::libvirt::volume::{Pool, VolumeNames};
 use crate::libvirt::{Connection, InUse};
+use crate::limits::Limits;
 use crate::lock::{ProvisioningLock, VmLock};
 use crate::removal::{self, Claims};
 use crate::seed::SeedInput;
@@ -31,7 +32,7 @@ use crate::seed::network_config::{Ipv6Network, Network};
 use crate::seed::resolvers;
 use crate::settings;
 use crate::template::{self, Pinned, Template};
-use crate::{Error, ErrorKind, Result, bridge, ready, recovery};
+use crate::{Error, ErrorKind, Result, bridge, ready, recovery, throttle};
 
 /// A stop or destroy of the same VM ends within this time, and a create that fails is lost for good: so it is waited for.
 /// A create that is under way is not: it takes longer, and then the name is taken.
@@ -69,6 +70,8 @@ pub struct CreateRequest {
     pub username: LoginName,
     /// User-data to take byte for byte instead of the rendered template.
     pub user_data: Option<PathBuf>,
+    /// Limits from its first start on, and what `--reset` returns to.
+    pub limits: Limits,
 }
 
 impl CreateRequest {
@@ -94,6 +97,7 @@ impl CreateRequest {
         if !(1..=MAX_DISK_GIB).contains(&self.disk_gib) {
             return invalid(format!("disk of {} GB is not between 1 and {MAX_DISK_GIB}", self.disk_gib));
         }
+        self.limits.check()?;
         if let Some(warning) = host.settings.address_warning(&self.owner_wallet) {
             host.progress.warn(&warning);
         }
@@ -616,6 +620,7 @@ impl<'a> Saga<'a> {
             ipv4,
             ipv6,
             mac: mac_text(self.mac),
+            limits: self.request.limits,
         };
         let xml = DomainSpec {
             metadata: &metadata,
@@ -631,8 +636,8 @@ impl<'a> Saga<'a> {
             disk_mode: self.prepared.disk_mode,
         }
         .to_xml();
-        self.domain = Some(self.connection.define(&self.request.name, &xml)?);
-        Ok(())
+        let domain = self.domain.insert(self.connection.define(&self.request.name, &xml)?);
+        throttle::apply_at_creation(domain, &self.request.limits)
     }
 
     fn defined(&self) -> Result<&crate::libvirt::Domain> {

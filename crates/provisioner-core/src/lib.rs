@@ -15,6 +15,7 @@ pub mod host;
 pub mod host_route;
 pub mod journal;
 pub mod libvirt;
+pub mod limits;
 pub mod lock;
 pub mod owner;
 mod ownership;
@@ -29,5 +30,6 @@ pub mod root_agent;
 pub mod seed;
 pub mod settings;
 pub mod template;
+pub mod throttle;
 
 pub use error::{Error, ErrorKind, Result};

@@ -22,14 +22,18 @@ const PRESS_LIMIT: Duration = Duration::from_secs(5);
 const UNPAUSE_LIMIT: Duration = Duration::from_secs(15);
 
 /// One VM under its lock, after what a dead command left of it was cleared.
-struct Locked {
-    own: OwnDomain,
+pub(crate) struct Locked {
+    pub(crate) own: OwnDomain,
     record: Option<Record>,
     _lock: VmLock,
 }
 
-/// With `regardless` a journal that cannot be read is no obstacle: the power of a VM must always be to be had.
-fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locked> {
+/// Takes the VM's lock, clears what a dead command left of it, and looks it up. With `regardless` a journal that cannot be
+/// read is no obstacle: the power of a VM must always be to be had.
+///
+/// # Errors
+/// `Busy` when another command keeps the lock, and those of [`look_up`].
+pub(crate) fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locked> {
     let lock = VmLock::acquire(&host.dirs, name, LOCK_WAIT, &host.cancel, &host.command)?;
     match recovery::recover(host, name, &lock) {
         Err(error) if regardless && error.kind == ErrorKind::Invalid => {
@@ -37,6 +41,16 @@ fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locked> {
         }
         outcome => outcome?,
     }
+    let (own, record) = look_up(host, name)?;
+    Ok(Locked { own, record, _lock: lock })
+}
+
+/// The VM with its record, without a lock: enough for what changes nothing.
+///
+/// # Errors
+/// `NotFound` when there is no such VM, `Conflict` when the domain is not ours, `Unavailable` when libvirt cannot be
+/// asked.
+pub(crate) fn look_up(host: &Host, name: &VmName) -> Result<(OwnDomain, Option<Record>)> {
     // A damaged database must not keep a VM from being started or stopped: ownership then rests on the metadata.
     let record = match host.database().read().and_then(|document| document.record(name)) {
         Ok(record) => record,
@@ -50,7 +64,7 @@ fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locked> {
         .domain(name)?
         .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no VM called {name}")))?;
     let own = ownership::require_own(host, name, domain, record.as_ref())?;
-    Ok(Locked { own, record, _lock: lock })
+    Ok((own, record))
 }
 
 /// Makes the VM run: starts it, unpauses it, wakes it, and restores the host's route to it.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use provisioner_cli::limits::LimitOptions;
 use provisioner_cli::{Command, output};
 use provisioner_contract::{CreateResult, LoginName, NftId, VmName, WalletAddress};
 use provisioner_core::create::{self, CreateRequest};
@@ -52,6 +53,8 @@ struct Arguments {
     /// Take this file as cloud-init user-data, byte for byte, instead of the installed template.
     #[arg(long, value_name = "FILE")]
     cloud_init_content: Option<PathBuf>,
+    #[command(flatten)]
+    limits: LimitOptions,
     /// Do it. Without this option only the plan is printed.
     #[arg(long)]
     apply: bool,
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
             disk_gib: arguments.disk,
             username: arguments.username,
             user_data: arguments.cloud_init_content,
+            limits: arguments.limits.limits(),
         };
         let print = |result: &CreateResult| output::stdout_lines(result.lines());
         if arguments.mock {

@@ -6,7 +6,7 @@ use provisioner_contract::VmName;
 use virt::domain::Domain as Raw;
 use virt::error::ErrorNumber;
 
-use super::{Connection, bounded, failure, ffi, known};
+use super::{Connection, bounded, failure, ffi, known, tuning};
 use crate::{Error, ErrorKind, Result};
 
 /// libvirt kills a QEMU that does not react with SIGTERM and then SIGKILL, which takes it about 11 s; a second
@@ -136,7 +136,7 @@ impl Domain {
     }
 
     /// Runs a call that may enter QEMU's monitor, with a deadline. An answer "no such domain" becomes `Ok(None)`.
-    fn call<T: Send + 'static>(
+    pub(super) fn call<T: Send + 'static>(
         &self,
         limit: Duration,
         verb: &str,
@@ -151,7 +151,7 @@ impl Domain {
         }
     }
 
-    fn gone(&self) -> Error {
+    pub(super) fn gone(&self) -> Error {
         Error::new(ErrorKind::NotFound, format!("domain {} has gone meanwhile", self.label))
     }
 
@@ -225,7 +225,8 @@ impl Domain {
     /// # Errors
     /// When libvirt refuses or takes too long.
     pub fn start(&self) -> Result<()> {
-        let started = self.call(CALL_LIMIT, "start", |raw| raw.create().map(drop));
+        let started =
+            self.call(CALL_LIMIT, "start", |raw| raw.create().map(drop)).map_err(tuning::explain_traffic_control);
         let denied =
             |error: &Error| error.source.as_ref().is_some_and(|cause| cause.to_string().contains("ermission denied"));
         match started {

@@ -58,3 +58,160 @@ pub(super) fn all_domain_states(conn: &Connect) -> Result<Vec<(String, u32)>, Er
     unsafe { virt_sys::virDomainStatsRecordListFree(records) };
     Ok(states)
 }
+
+/// A typed parameter to set. The type must be the one libvirt names for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Value {
+    /// `VIR_TYPED_PARAM_UINT`.
+    UInt(u32),
+    /// `VIR_TYPED_PARAM_LLONG`.
+    LLong(i64),
+    /// `VIR_TYPED_PARAM_ULLONG`.
+    ULLong(u64),
+}
+
+/// One parameter by libvirt's name.
+pub(super) type Parameter = (&'static CStr, Value);
+
+/// A list of typed parameters in libvirt's memory.
+struct Parameters {
+    list: virt_sys::virTypedParameterPtr,
+    used: c_int,
+    room: c_int,
+}
+
+impl Parameters {
+    fn new(parameters: &[Parameter]) -> Result<Self, Error> {
+        let mut all = Self { list: ptr::null_mut(), used: 0, room: 0 };
+        for (name, value) in parameters {
+            let (list, used, room) = (&raw mut all.list, &raw mut all.used, &raw mut all.room);
+            // SAFETY: the three pointers are to the fields of one list that only these functions change, starting as
+            // NULL, 0, 0, as they ask for; the name is a C string that they copy.
+            let answer = unsafe {
+                match *value {
+                    Value::UInt(n) => virt_sys::virTypedParamsAddUInt(list, used, room, name.as_ptr(), n),
+                    Value::LLong(n) => virt_sys::virTypedParamsAddLLong(list, used, room, name.as_ptr(), n),
+                    Value::ULLong(n) => virt_sys::virTypedParamsAddULLong(list, used, room, name.as_ptr(), n),
+                }
+            };
+            if answer != 0 {
+                return Err(Error::last_error());
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Drop for Parameters {
+    fn drop(&mut self) {
+        // SAFETY: `list` is NULL or was allocated by virTypedParamsAdd*, holds `used` parameters, and is freed once.
+        unsafe { virt_sys::virTypedParamsFree(self.list, self.used) };
+    }
+}
+
+/// A getter that takes room for parameters and its size, and says how much of it was filled, or would have been when
+/// the size is 0.
+type Getter<'a> = &'a dyn Fn(virt_sys::virTypedParameterPtr, *mut c_int) -> c_int;
+
+/// Whole numbers by name. Values of other types are left out: nothing the suite asks for has one.
+fn read_parameters(getter: Getter<'_>) -> Result<Vec<(String, i64)>, Error> {
+    let mut count: c_int = 0;
+    if getter(ptr::null_mut(), &raw mut count) != 0 {
+        return Err(Error::last_error());
+    }
+    // SAFETY: the structure is numbers, an array of characters and a union of numbers and a pointer that is not read
+    // before libvirt has filled it: all zeroes are a valid value.
+    let empty: virt_sys::virTypedParameter = unsafe { std::mem::zeroed() };
+    let mut room = vec![empty; usize::try_from(count).unwrap_or(0)];
+    if getter(room.as_mut_ptr(), &raw mut count) != 0 {
+        return Err(Error::last_error());
+    }
+    let filled = usize::try_from(count).unwrap_or(0).min(room.len());
+    let mut all = Vec::with_capacity(filled);
+    for parameter in &room[..filled] {
+        // SAFETY: libvirt has filled this parameter: its name ends with a NUL inside the field, and its type says
+        // which member of the union was written.
+        unsafe {
+            let name = CStr::from_ptr(parameter.field.as_ptr()).to_string_lossy().into_owned();
+            let value = match u32::try_from(parameter.type_) {
+                Ok(virt_sys::VIR_TYPED_PARAM_INT) => i64::from(parameter.value.i),
+                Ok(virt_sys::VIR_TYPED_PARAM_UINT) => i64::from(parameter.value.ui),
+                Ok(virt_sys::VIR_TYPED_PARAM_LLONG) => parameter.value.l,
+                Ok(virt_sys::VIR_TYPED_PARAM_ULLONG) => i64::try_from(parameter.value.ul).unwrap_or(i64::MAX),
+                _ => continue,
+            };
+            all.push((name, value));
+        }
+    }
+    // SAFETY: frees the strings inside the filled parameters, once; the room itself is ours.
+    unsafe { virt_sys::virTypedParamsClear(room.as_mut_ptr(), count) };
+    Ok(all)
+}
+
+fn done(answer: c_int) -> Result<(), Error> {
+    if answer == 0 { Ok(()) } else { Err(Error::last_error()) }
+}
+
+/// `virDomainGetSchedulerParametersFlags`.
+pub(super) fn scheduler_parameters(domain: &Domain, flags: u32) -> Result<Vec<(String, i64)>, Error> {
+    // This call, unlike its siblings, does not tell the number when it is asked with none.
+    let (_, most) = domain.scheduler_type()?;
+    read_parameters(&|list, count| {
+        if list.is_null() {
+            // SAFETY: `count` is a live number of `read_parameters`.
+            unsafe { *count = most };
+            return 0;
+        }
+        // SAFETY: the domain is live while it is borrowed; `list` has room for `*count` parameters.
+        unsafe { virt_sys::virDomainGetSchedulerParametersFlags(domain.as_ptr(), list, count, flags) }
+    })
+}
+
+/// `virDomainSetSchedulerParametersFlags`.
+pub(super) fn set_scheduler_parameters(domain: &Domain, parameters: &[Parameter], flags: u32) -> Result<(), Error> {
+    let all = Parameters::new(parameters)?;
+    // SAFETY: the domain is live while it is borrowed; `all` holds `used` parameters until the end of this function.
+    done(unsafe { virt_sys::virDomainSetSchedulerParametersFlags(domain.as_ptr(), all.list, all.used, flags) })
+}
+
+/// `virDomainGetInterfaceParameters`; `interface` is its MAC address or its name on the host.
+pub(super) fn interface_parameters(domain: &Domain, interface: &CStr, flags: u32) -> Result<Vec<(String, i64)>, Error> {
+    read_parameters(&|list, count| {
+        // SAFETY: the domain is live while it is borrowed; `list` has room for `*count` parameters, or both are none.
+        unsafe { virt_sys::virDomainGetInterfaceParameters(domain.as_ptr(), interface.as_ptr(), list, count, flags) }
+    })
+}
+
+/// `virDomainSetInterfaceParameters`.
+pub(super) fn set_interface_parameters(
+    domain: &Domain,
+    interface: &CStr,
+    parameters: &[Parameter],
+    flags: u32,
+) -> Result<(), Error> {
+    let all = Parameters::new(parameters)?;
+    let interface = interface.as_ptr();
+    // SAFETY: the domain is live while it is borrowed; `all` holds `used` parameters until the end of this function.
+    done(unsafe { virt_sys::virDomainSetInterfaceParameters(domain.as_ptr(), interface, all.list, all.used, flags) })
+}
+
+/// `virDomainGetBlockIoTune`; `disk` is its target or its path.
+pub(super) fn block_io_tune(domain: &Domain, disk: &CStr, flags: u32) -> Result<Vec<(String, i64)>, Error> {
+    read_parameters(&|list, count| {
+        // SAFETY: the domain is live while it is borrowed; `list` has room for `*count` parameters, or both are none.
+        unsafe { virt_sys::virDomainGetBlockIoTune(domain.as_ptr(), disk.as_ptr(), list, count, flags) }
+    })
+}
+
+/// `virDomainSetBlockIoTune`.
+pub(super) fn set_block_io_tune(
+    domain: &Domain,
+    disk: &CStr,
+    parameters: &[Parameter],
+    flags: u32,
+) -> Result<(), Error> {
+    let all = Parameters::new(parameters)?;
+    let disk = disk.as_ptr();
+    // SAFETY: the domain is live while it is borrowed; `all` holds `used` parameters until the end of this function.
+    done(unsafe { virt_sys::virDomainSetBlockIoTune(domain.as_ptr(), disk, all.list, all.used, flags) })
+}

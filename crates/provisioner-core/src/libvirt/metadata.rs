@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use provisioner_contract::{LoginName, NftId, VmName, WalletAddress};
 use roxmltree::Node;
 
+use crate::limits::{Limit, Limits};
 use crate::{Error, ErrorKind, Result};
 
 /// The namespace of our element. It names a format, not a place.
@@ -36,6 +37,8 @@ pub struct Metadata {
     pub ipv6: Option<Ipv6Addr>,
     /// The MAC address of its only interface, lower case.
     pub mac: String,
+    /// The limits it was created with. Domains without the element were created without any.
+    pub limits: Limits,
 }
 
 impl Metadata {
@@ -56,6 +59,12 @@ impl Metadata {
         fields.extend(self.ipv6.map(|address| ("ipv6", address.to_string())));
         fields.push(("mac", self.mac.clone()));
         fields
+    }
+
+    /// The attributes of the element `limits`, none when the VM was created without any.
+    #[must_use]
+    pub fn limit_attributes(&self) -> Vec<(&'static str, String)> {
+        self.limits.named().map(|(limit, value)| (limit.name(), value.to_string())).collect()
     }
 
     /// Reads our element. `Ok(None)`: the domain has none, so it was not made by this suite.
@@ -85,8 +94,22 @@ impl Metadata {
             ipv4: required("ipv4")?.parse().map_err(|_| damaged("ipv4"))?,
             ipv6: optional("ipv6").map(str::parse).transpose().map_err(|_| damaged("ipv6"))?,
             mac: required("mac")?.to_owned(),
+            limits: find_limits(ours)?,
         }))
     }
+}
+
+fn find_limits(ours: Node<'_, '_>) -> Result<Limits> {
+    let Some(node) = ours.children().find(|node| node.has_tag_name((NAMESPACE, "limits"))) else {
+        return Ok(Limits::default());
+    };
+    let mut valid = true;
+    let limits = Limits::new(|limit: Limit| {
+        let value = node.attribute(limit.name())?.parse().ok();
+        valid &= value.is_some();
+        value
+    });
+    if valid && limits.check().is_ok() { Ok(limits) } else { Err(damaged("limits")) }
 }
 
 fn damaged(tag: &str) -> Error {

@@ -9,6 +9,7 @@ mod ffi;
 pub mod filter;
 pub mod kvm;
 pub mod metadata;
+pub mod tuning;
 pub mod volume;
 
 use std::collections::{BTreeMap, BTreeSet};
