@@ -173,19 +173,23 @@ fn a_disk_that_another_domain_uses_is_kept() {
     let (vm, thief) = (lab.name("vm"), lab.name("thief"));
     lab.add_legacy_vm(&vm, &lab.address(0));
     let disk = lab.volume(&format!("{vm}.qcow2"));
-    let device = format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
-         <target dev='vda' bus='virtio'/></disk>",
-        disk.display()
-    );
-    lab.define(&thief, &device);
-    let outcome = lab.destroy(&vm);
-    assert_eq!(outcome.code, Some(1), "{outcome:?}");
-    assert!(outcome.reason().contains("in use by another domain"), "{outcome:?}");
-    assert!(disk.exists());
-    assert_eq!(lab.vms()["allocated_ips"], json!([lab.address(0)]));
+    // By its path, and by pool and volume: a description may name it either way.
+    for (kind, source) in
+        [("file", format!("file='{}'", disk.display())), ("volume", format!("pool='{}' volume='{vm}.qcow2'", lab.pool))]
+    {
+        let device = format!(
+            "<disk type='{kind}' device='disk'><driver name='qemu' type='qcow2'/><source {source}/>\
+             <target dev='vda' bus='virtio'/></disk>"
+        );
+        lab.define(&thief, &device);
+        let outcome = lab.destroy(&vm);
+        assert_eq!(outcome.code, Some(1), "{kind}: {outcome:?}");
+        assert!(outcome.reason().contains("in use by another domain"), "{kind}: {outcome:?}");
+        assert!(disk.exists());
+        assert_eq!(lab.vms()["allocated_ips"], json!([lab.address(0)]));
+        virsh(&["undefine", &thief]);
+    }
 
-    virsh(&["undefine", &thief]);
     lab.destroy(&vm).success();
     lab.assert_no_traces("after the second destroy");
 }

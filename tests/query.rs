@@ -267,16 +267,18 @@ fn detect_says_it_with_its_exit_code_alone() {
     lab.run("blockhost-provisioner-detect", &[]).success();
 }
 
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 11] = [
     "blockhost-build-template",
     "blockhost-provisioner-detect",
     "blockhost-vm-create",
     "blockhost-vm-destroy",
     "blockhost-vm-kill",
     "blockhost-vm-list",
+    "blockhost-vm-metrics",
     "blockhost-vm-start",
     "blockhost-vm-status",
     "blockhost-vm-stop",
+    "blockhost-vm-throttle",
 ];
 
 /// The help of all commands, as reviewers and operators see it.

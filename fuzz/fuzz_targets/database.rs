@@ -15,7 +15,7 @@ fuzz_target!(|text: &str| {
         let now = Timestamp::now();
         let _ = document.mark_suspended(&name, now);
         let _ = document.mark_active(&name, None);
-        let _ = document.mark_destroyed(&name, now);
+        let _ = document.mark_destroyed(&name, now, &|_| false);
     }
     assert!(Document::parse(&document.render()).is_ok());
 });

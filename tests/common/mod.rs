@@ -353,7 +353,15 @@ impl Lab {
         };
         listing("volume", self.state().join("vms"));
         listing("journal", self.state().join("journal"));
-        listing("sample", self.state().join("metrics"));
+        // The sample is one for all VMs, and of the whole host; its own files are no trace of a VM, their content may be.
+        for entry in fs::read_dir(self.state().join("metrics")).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            let text = String::from_utf8_lossy(&fs::read(&path).unwrap_or_default()).into_owned();
+            let own = path.file_name().unwrap().to_string_lossy().contains(&self.names);
+            if own || path.ends_with("samples") && text.contains(&self.names) {
+                traces.push(format!("sample {}", path.display()));
+            }
+        }
         let locks = self.state().join("locks");
         for entry in fs::read_dir(locks).into_iter().flatten() {
             let name = entry.unwrap().file_name().to_string_lossy().into_owned();
@@ -414,6 +422,14 @@ impl Drop for Lab {
         }
         let _ = try_virsh(&["pool-destroy", &self.pool]);
         let _ = try_virsh(&["pool-undefine", &self.pool]);
+        // A lab whose test has failed must not leave a route to the next one with these addresses.
+        if self.ipv6() && thread::panicking() {
+            for address in self.addresses6() {
+                let route = format!("{address}/128");
+                let delete = ["-6", "route", "del", &route, "dev", &self.bridge];
+                let _ = Command::new("ip").args(delete).stderr(Stdio::null()).status();
+            }
+        }
         if thread::panicking() {
             eprintln!("the lab's files are kept until the end of the run: {}", self.dir.display());
         } else {

@@ -57,13 +57,7 @@ impl Command {
         if let Some(spec) = std::env::var_os("BLOCKHOST_FAILPOINT") {
             provisioner_core::failpoint::arm(&spec.to_string_lossy());
         }
-        Self {
-            name,
-            dirs: directories(),
-            uri: variable("BLOCKHOST_LIBVIRT_URI").unwrap_or_else(|| DEFAULT_URI.to_owned()),
-            progress: wrap(Arc::new(StderrProgress::new(name))),
-            cancel,
-        }
+        Self { name, dirs: directories(), uri: uri(), progress: wrap(Arc::new(StderrProgress::new(name))), cancel }
     }
 
     /// Where progress goes.
@@ -155,7 +149,8 @@ impl Command {
 }
 
 /// The whole chain and every hint in one line: consumers log the last line of stderr.
-fn describe(error: &anyhow::Error) -> String {
+#[must_use]
+pub fn describe(error: &anyhow::Error) -> String {
     let mut text = String::new();
     let mut hints = Vec::new();
     for cause in error.chain() {
@@ -198,11 +193,19 @@ fn usage(error: &clap::Error) -> String {
     }
 }
 
+/// libvirt's URI, or the one the environment names.
+#[must_use]
+pub fn uri() -> String {
+    variable("BLOCKHOST_LIBVIRT_URI").unwrap_or_else(|| DEFAULT_URI.to_owned())
+}
+
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-fn directories() -> Directories {
+/// The directories of this host, or those the environment names.
+#[must_use]
+pub fn directories() -> Directories {
     let defaults = Directories::default();
     let path = |name: &str| variable(name).map(PathBuf::from);
     Directories {

@@ -2,11 +2,13 @@
 //! codes. No input or output happens here.
 
 pub mod exit;
+pub mod metrics;
 pub mod names;
 pub mod record;
 pub mod result;
 pub mod timestamp;
 
+pub use metrics::{Metrics, MetricsState};
 pub use names::{InvalidName, LoginName, NftId, VmName, WalletAddress};
 pub use record::{InvalidRecord, NewRecord, Record, RecordStatus};
 pub use result::{CreateResult, CreateStatus, ListRow, VmStatus};
@@ -18,6 +20,7 @@ pub fn schemas() -> Vec<(&'static str, serde_json::Value)> {
     vec![
         ("CreateResult", schemars::schema_for!(CreateResult).to_value()),
         ("ListRow", schemars::schema_for!(ListRow).to_value()),
+        ("Metrics", schemars::schema_for!(Metrics).to_value()),
         ("Record", schemars::schema_for!(Record).to_value()),
     ]
 }

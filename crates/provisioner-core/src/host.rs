@@ -43,7 +43,7 @@ impl Host {
     /// # Errors
     /// [`ErrorKind::Unavailable`].
     pub fn connect(&self) -> Result<Connection> {
-        Connection::open(&self.uri)
+        Connection::open_watched(&self.uri)
     }
 
     /// Connects, trying again for a while: for what must be finished although a signal has come or libvirtd

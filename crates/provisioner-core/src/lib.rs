@@ -17,6 +17,7 @@ pub mod journal;
 pub mod libvirt;
 pub mod limits;
 pub mod lock;
+pub mod metrics;
 pub mod owner;
 mod ownership;
 pub mod paths;

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use provisioner_contract::{Record, RecordStatus, VmName};
+use provisioner_metrics::store::Store;
 
 use crate::host::Host;
 use crate::libvirt::{Domain, DomainState};
@@ -25,7 +26,19 @@ const UNPAUSE_LIMIT: Duration = Duration::from_secs(15);
 pub(crate) struct Locked {
     pub(crate) own: OwnDomain,
     record: Option<Record>,
+    samples: Store,
     _lock: VmLock,
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Whatever was done to the VM, the shared sample of its metrics does not know it yet. It is only a cache.
+        if let Ok(name) = VmName::new(self.own.domain.name())
+            && let Err(error) = self.samples.invalidate(&name, false)
+        {
+            tracing::debug!("cannot invalidate the sample: {error}");
+        }
+    }
 }
 
 /// Takes the VM's lock, clears what a dead command left of it, and looks it up. With `regardless` a journal that cannot be
@@ -42,7 +55,7 @@ pub(crate) fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locke
         outcome => outcome?,
     }
     let (own, record) = look_up(host, name)?;
-    Ok(Locked { own, record, _lock: lock })
+    Ok(Locked { own, record, samples: Store::new(&host.dirs.state), _lock: lock })
 }
 
 /// The VM with its record, without a lock: enough for what changes nothing.

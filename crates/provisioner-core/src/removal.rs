@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use provisioner_contract::VmName;
+use provisioner_metrics::store::Store;
 
 use crate::host::Host;
 use crate::journal::{Journal, PoolVolume};
@@ -110,5 +111,9 @@ impl Claims {
 /// When one is there and cannot be removed.
 pub fn files(host: &Host, name: &VmName) -> Result<()> {
     durable::remove_entry(&host.dirs.metrics(), &format!("{name}.json"))?;
+    // The shared sample of all VMs: this one must not be answered from it any more. It is only a cache, and it corrects itself.
+    if let Err(error) = Store::new(&host.dirs.state).invalidate(name, true) {
+        tracing::debug!("cannot take {name} out of the sample: {error}");
+    }
     durable::remove_entry(&host.dirs.legacy_seeds(), name.as_str())
 }

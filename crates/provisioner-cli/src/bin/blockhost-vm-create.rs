@@ -53,14 +53,14 @@ struct Arguments {
     /// Take this file as cloud-init user-data, byte for byte, instead of the installed template.
     #[arg(long, value_name = "FILE")]
     cloud_init_content: Option<PathBuf>,
-    #[command(flatten)]
-    limits: LimitOptions,
     /// Do it. Without this option only the plan is printed.
     #[arg(long)]
     apply: bool,
     /// Use ./mock-db.json instead of the real database, and no hypervisor.
     #[arg(long)]
     mock: bool,
+    #[command(flatten)]
+    limits: LimitOptions,
 }
 
 fn main() -> ExitCode {

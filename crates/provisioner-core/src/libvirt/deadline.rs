@@ -15,17 +15,21 @@ use crate::{Error, ErrorKind, Result};
 /// [`ErrorKind::Unavailable`] `{what}: no answer within … s` when the time is over.
 pub fn bounded<T: Send + 'static>(limit: Duration, what: &str, call: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let (send, receive) = mpsc::sync_channel(1);
-    thread::Builder::new()
+    let thread = thread::Builder::new()
         .name("libvirt".into())
         .spawn(move || {
             // The receiver is gone when the caller has given up: then nobody wants the answer.
             let _ = send.send(call());
         })
         .map_err(|e| Error::new(ErrorKind::Io, "cannot start a thread").because(e))?;
-    receive.recv_timeout(limit).map_err(|_| {
-        Error::new(ErrorKind::Unavailable, format!("{what}: no answer within {} s", limit.as_secs()))
+    let answer = receive.recv_timeout(limit).map_err(|_| {
+        Error::new(ErrorKind::Unavailable, format!("{what}: no answer within {} s", limit.as_secs_f64()))
             .hint("libvirtd or the VM's QEMU process hangs")
-    })
+    })?;
+    // It has nothing left to do but free what the C libraries keep per thread. That must not happen while the process
+    // already ends and these libraries free what they share.
+    let _ = thread.join();
+    Ok(answer)
 }
 
 #[cfg(test)]

@@ -293,6 +293,14 @@ pub struct Facts {
     pub bases: BTreeSet<PathBuf>,
     /// Whether the guest has the agent's channel open.
     pub agent_connected: bool,
+    /// The names of the writable disks in the guest's eyes, such as `vda`.
+    pub targets: Vec<String>,
+    /// The host's ends of the interfaces, such as `vnet0`, while the domain runs.
+    pub taps: Vec<String>,
+    /// vCPUs it has now.
+    pub vcpus: Option<u64>,
+    /// Memory allocated to it, in bytes.
+    pub memory: Option<u64>,
 }
 
 impl Facts {
@@ -308,6 +316,11 @@ impl Facts {
             Ok(metadata) => facts.metadata = metadata,
             Err(_) => facts.metadata_damaged = true,
         }
+        let child = |tag| root.children().find(|n| n.has_tag_name(tag));
+        facts.vcpus = child("vcpu").and_then(|n| n.attribute("current").or(n.text())?.trim().parse().ok());
+        // libvirt always writes the unit KiB.
+        let kib: Option<u64> = child("memory").and_then(|n| n.text()?.trim().parse().ok());
+        facts.memory = kib.and_then(|kib| kib.checked_mul(1024));
         let devices = root.children().filter(|n| n.has_tag_name("devices")).flat_map(|n| n.children());
         for device in devices {
             match device.tag_name().name() {
@@ -345,6 +358,8 @@ impl Facts {
             && !disk.children().any(|n| n.has_tag_name("readonly"));
         if writable {
             self.disks.extend(own.and_then(file));
+            let target = disk.children().find(|n| n.has_tag_name("target")).and_then(|n| n.attribute("dev"));
+            self.targets.extend(target.map(str::to_owned));
         }
         // Its own source, those of its backing chain, and that of a mirror being made.
         for source in disk.descendants().filter(|n| n.has_tag_name("source")) {
@@ -362,6 +377,7 @@ impl Facts {
         for node in interface.children() {
             match node.tag_name().name() {
                 "mac" => self.macs.extend(node.attribute("address").map(str::to_ascii_lowercase)),
+                "target" => self.taps.extend(node.attribute("dev").map(str::to_owned)),
                 "filterref" => {
                     let parameters: BTreeMap<_, _> =
                         node.children().filter_map(|p| Some((p.attribute("name")?, p.attribute("value")?))).collect();

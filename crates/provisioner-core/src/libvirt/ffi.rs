@@ -4,7 +4,7 @@
 //! a failed call and then reports a state that is none.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_int, c_uint};
 use std::ptr;
 
 use virt::connect::Connect;
@@ -214,4 +214,74 @@ pub(super) fn set_block_io_tune(
     let disk = disk.as_ptr();
     // SAFETY: the domain is live while it is borrowed; `all` holds `used` parameters until the end of this function.
     done(unsafe { virt_sys::virDomainSetBlockIoTune(domain.as_ptr(), disk, all.list, all.used, flags) })
+}
+
+/// A value of a statistics record. Other types than these do not occur in the groups we ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Statistic {
+    Number(u64),
+    Text(String),
+}
+
+/// One domain's statistics: its name, and what libvirt says under which field.
+pub(super) type Record = (String, Vec<(String, Statistic)>);
+
+/// `virDomainListGetStats`: the statistics `groups` of `domains`, in one round trip. Domains that have gone are left out.
+/// With `NOWAIT` in `flags` a domain that is busy comes without what QEMU would have to be asked for.
+pub(super) fn stats(domains: &[&Domain], groups: u32, flags: u32) -> Result<Vec<Record>, Error> {
+    if domains.is_empty() {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the pointers are used only below, while `domains` is borrowed.
+    let mut list: Vec<virt_sys::virDomainPtr> = domains.iter().map(|domain| unsafe { domain.as_ptr() }).collect();
+    list.push(ptr::null_mut());
+    let mut records: *mut virt_sys::virDomainStatsRecordPtr = ptr::null_mut();
+    // SAFETY: `list` is NULL-terminated, its pointers are live while `domains` is borrowed, and all are of one connection,
+    // which is the caller's duty and else an error of libvirt's; `records` receives an array of libvirt's, freed below on
+    // the only path on which it was allocated.
+    let count = unsafe { virt_sys::virDomainListGetStats(list.as_mut_ptr(), groups, &raw mut records, flags) };
+    let Ok(count) = usize::try_from(count) else {
+        return Err(Error::last_error());
+    };
+    let mut all = Vec::with_capacity(count);
+    for index in 0..count {
+        // SAFETY: libvirt returned `count` records, each a valid pointer with a live domain and `nparams` parameters until
+        // the list is freed; everything is copied out at once.
+        unsafe {
+            let record = *records.add(index);
+            let name = virt_sys::virDomainGetName((*record).dom);
+            if name.is_null() {
+                continue;
+            }
+            let length = usize::try_from((*record).nparams).unwrap_or(0);
+            let fields = (0..length).filter_map(|i| field((*record).params.add(i))).collect();
+            all.push((CStr::from_ptr(name).to_string_lossy().into_owned(), fields));
+        }
+    }
+    // SAFETY: `records` came from the call above, is freed once, and nothing borrowed from it is left.
+    unsafe { virt_sys::virDomainStatsRecordListFree(records) };
+    Ok(all)
+}
+
+/// Copies a parameter, if it is of a type we know and not negative.
+///
+/// # Safety
+/// `parameter` points to a parameter libvirt has filled in.
+unsafe fn field(parameter: *const virt_sys::virTypedParameter) -> Option<(String, Statistic)> {
+    // SAFETY: the caller's promise; libvirt terminates the name, and `type_` says which part of the union it has set.
+    unsafe {
+        let name = CStr::from_ptr((*parameter).field.as_ptr()).to_string_lossy().into_owned();
+        let value = &(*parameter).value;
+        let value = match c_uint::try_from((*parameter).type_).ok()? {
+            virt_sys::VIR_TYPED_PARAM_INT => Statistic::Number(value.i.try_into().ok()?),
+            virt_sys::VIR_TYPED_PARAM_UINT => Statistic::Number(value.ui.into()),
+            virt_sys::VIR_TYPED_PARAM_LLONG => Statistic::Number(value.l.try_into().ok()?),
+            virt_sys::VIR_TYPED_PARAM_ULLONG => Statistic::Number(value.ul),
+            virt_sys::VIR_TYPED_PARAM_STRING if !value.s.is_null() => {
+                Statistic::Text(CStr::from_ptr(value.s).to_string_lossy().into_owned())
+            }
+            _ => return None,
+        };
+        Some((name, value))
+    }
 }

@@ -9,6 +9,7 @@ mod ffi;
 pub mod filter;
 pub mod kvm;
 pub mod metadata;
+pub mod stats;
 pub mod tuning;
 pub mod volume;
 
@@ -72,7 +73,6 @@ impl Connection {
     pub fn open(uri: &str) -> Result<Self> {
         // The library prints every error to stderr unless told not to; ours are printed once, by the caller.
         virt::error::clear_error_callback();
-        start_event_loop();
         let target = uri.to_owned();
         let what = format!("cannot connect to libvirt at {uri}");
         let conn = bounded(CONNECT_LIMIT, &what, move || Connect::open(Some(&target)))?.map_err(|e| {
@@ -84,10 +84,20 @@ impl Connection {
                 "is libvirtd running? try: systemctl status libvirtd, or virsh -c qemu:///system version"
             })
         })?;
-        // A daemon that hangs later on, whatever it was asked, is noticed and the connection closed. Drivers without a
-        // remote end refuse, and need it not.
-        let _ = conn.set_keep_alive(KEEP_ALIVE_SECONDS, KEEP_ALIVE_COUNT);
         Ok(Self { conn, uri: uri.to_owned() })
+    }
+
+    /// The same, for a command that does more than ask one question: should the daemon hang later on, whatever it is asked,
+    /// that is noticed and the connection closed.
+    ///
+    /// # Errors
+    /// Those of [`Connection::open`].
+    pub fn open_watched(uri: &str) -> Result<Self> {
+        start_event_loop();
+        let connection = Self::open(uri)?;
+        // Drivers without a remote end refuse, and need it not.
+        let _ = connection.conn.set_keep_alive(KEEP_ALIVE_SECONDS, KEEP_ALIVE_COUNT);
+        Ok(connection)
     }
 
     /// The URI this connection was opened with.
