@@ -226,13 +226,7 @@ fn what_is_there_already_is_not_taken_over() {
     let lab = Lab::new(Guest::Small);
     let vm = lab.name("taken");
     // A domain of somebody else's.
-    let xml = lab.dir.join("foreign.xml");
-    fs::write(
-        &xml,
-        format!("<domain type='qemu'><name>{vm}</name><memory>65536</memory><os><type arch='x86_64'>hvm</type></os></domain>"),
-    )
-    .unwrap();
-    virsh(&["define", xml.to_str().unwrap()]);
+    lab.define(&vm, "");
     lab.create(&vm).fails_with(1).says("exists already");
     lab.destroy(&vm).fails_with(1).says("not BlockHost's");
     assert!(try_virsh(&["dominfo", &vm]).is_some());

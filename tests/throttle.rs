@@ -288,13 +288,7 @@ fn shares_in_force(shares: i64) -> i64 {
 fn a_domain_that_is_not_ours_is_neither_shown_nor_throttled() {
     let lab = Lab::new(Guest::Small);
     let vm = lab.name("foreign");
-    let xml = lab.dir.join("foreign.xml");
-    fs::write(
-        &xml,
-        format!("<domain type='qemu'><name>{vm}</name><memory>65536</memory><os><type arch='x86_64'>hvm</type></os></domain>"),
-    )
-    .unwrap();
-    virsh(&["define", xml.to_str().unwrap()]);
+    lab.define(&vm, "");
     let before = virsh(&["dumpxml", &vm]);
     for options in [&["--cpu-shares", "5"][..], &["--reset"], &[]] {
         throttle(&lab, &vm, options).fails_with(1).says("not BlockHost's");
