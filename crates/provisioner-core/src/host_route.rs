@@ -1,22 +1,28 @@
 //! The host's route to a VM's IPv6 address: `<ipv6>/128 dev <bridge>`.
 //!
-//! What is there is read from the kernel's table, which needs no privilege and no process; only a change is made by
-//! `ip` (as root) or by the root agent. Both acts may be repeated.
+//! The kernel is asked over netlink, which needs no privilege and no process; only a change needs root, or the root
+//! agent. Both acts may be repeated. `/proc/net/ipv6_route` will not do: its text comes in pieces, and whoever reads while
+//! other routes change misses lines that were there all the time.
 
-use std::fs;
-use std::io::ErrorKind as IoKind;
+use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 use serde_json::json;
 
 use crate::bridge::is_interface_name;
-use crate::cancel::Cancel;
-use crate::child::{self, CommandExt as _};
 use crate::{Error, ErrorKind, Result, root_agent};
-
-const TABLE: &str = "/proc/net/ipv6_route";
 
 /// Who changes the host's routes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +66,7 @@ impl Way {
         }
         let route = format!("{address}/128");
         let done = match self {
-            Self::Direct => ip(&["-6", "route", if wanted { "replace" } else { "del" }, &route, "dev", bridge]),
+            Self::Direct => set(bridge, address, wanted),
             Self::RootAgent(socket) => {
                 let action = if wanted { "ip6-route-add" } else { "ip6-route-del" };
                 root_agent::request(socket, action, json!({"address": route, "dev": bridge}), timeout).map(drop)
@@ -86,32 +92,95 @@ impl Way {
 
 /// Whether the kernel routes `address/128` to `bridge`, with no gateway between.
 fn exists(bridge: &str, address: Ipv6Addr) -> Result<bool> {
-    match fs::read_to_string(TABLE) {
-        Ok(table) => Ok(routed(&table, bridge, address)),
-        // A kernel without IPv6.
-        Err(error) if error.kind() == IoKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io("read", Path::new(TABLE), error)),
+    let Some(interface) = index(bridge)? else { return Ok(false) };
+    let mut question = message(address, None);
+    // The entry of the table that matches, not the route that a packet would take.
+    question.header.flags = RouteFlags::FibMatch;
+    match request(RouteNetlinkMessage::GetRoute(question), 0) {
+        Ok(Some(RouteNetlinkMessage::NewRoute(found))) => Ok(leads_to(&found, interface, address)),
+        Ok(_) => Ok(false),
+        // There is none; or the kernel knows no IPv6.
+        Err(error)
+            if [Errno::ENETUNREACH, Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP]
+                .map(|errno| Some(errno as i32))
+                .contains(&error.raw_os_error()) =>
+        {
+            Ok(false)
+        }
+        Err(error) => {
+            Err(Error::new(ErrorKind::Io, format!("cannot ask the kernel for the route to {address}")).because(error))
+        }
     }
 }
 
-/// The same in the text of `/proc/net/ipv6_route`: destination and its prefix length, source and its length, next hop,
-/// metric, two counters, flags, all in hex, and the interface.
-fn routed(table: &str, bridge: &str, address: Ipv6Addr) -> bool {
-    const UP: u32 = 0x1;
-    /// Through a gateway, a reject route, a cache entry, an address of the host itself.
-    const OTHER: u32 = 0x2 | 0x200 | 0x0100_0000 | 0x8000_0000;
-    let destination = format!("{:032x}", u128::from(address));
-    table.lines().any(|line| {
-        let words: Vec<_> = line.split_ascii_whitespace().collect();
-        let [to, len, .., flags, interface] = words[..] else { return false };
-        let flags = u32::from_str_radix(flags, 16).unwrap_or(0);
-        to == destination && len == "80" && interface == bridge && flags & UP != 0 && flags & OTHER == 0
-    })
+/// Whether `found` is the route of `address` alone, by way of `interface`, to what is on that link.
+fn leads_to(found: &RouteMessage, interface: u32, address: Ipv6Addr) -> bool {
+    let has = |wanted: &RouteAttribute| found.attributes.contains(wanted);
+    found.header.kind == RouteType::Unicast
+        && found.header.destination_prefix_length == 128
+        && has(&RouteAttribute::Destination(RouteAddress::Inet6(address)))
+        && has(&RouteAttribute::Oif(interface))
+        && !found.attributes.iter().any(|a| matches!(a, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
 }
 
-/// Runs `ip`; its complaint is the error. Not interrupted by a signal: it takes milliseconds, and undoing must go through.
-fn ip(args: &[&str]) -> Result<()> {
-    child::tied("ip").args(args).run("cannot change the host's routes", &Cancel::default()).map(drop)
+/// Adds or removes the route.
+fn set(bridge: &str, address: Ipv6Addr, wanted: bool) -> Result<()> {
+    let failed = || Error::new(ErrorKind::Io, "cannot change the host's routes");
+    let interface = index(bridge)?.ok_or_else(|| failed().because(io::Error::from(Errno::ENODEV)))?;
+    let route = message(address, Some(interface));
+    if wanted {
+        request(RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
+    } else {
+        request(RouteNetlinkMessage::DelRoute(route), 0)
+    }
+    .map(drop)
+    .map_err(|error| failed().because(error))
+}
+
+/// What names the route to the kernel: with an interface to add or remove it, without to ask.
+fn message(address: Ipv6Addr, interface: Option<u32>) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header =
+        RouteHeader { address_family: AddressFamily::Inet6, destination_prefix_length: 128, ..RouteHeader::default() };
+    message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(address)));
+    if let Some(interface) = interface {
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::Boot;
+        message.header.scope = RouteScope::Universe;
+        message.header.kind = RouteType::Unicast;
+        message.attributes.push(RouteAttribute::Oif(interface));
+    }
+    message
+}
+
+/// Sends one message and returns what the kernel answers, `None` for a bare acknowledgement. The kernel answers at once.
+fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
+    let mut header = NetlinkHeader::default();
+    let asks = matches!(message, RouteNetlinkMessage::GetRoute(_));
+    header.flags = NLM_F_REQUEST | flags | if asks { 0 } else { NLM_F_ACK };
+    let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(message));
+    packet.finalize();
+    let mut bytes = vec![0; packet.buffer_len()];
+    packet.serialize(&mut bytes);
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.send(&bytes, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?.payload {
+        NetlinkPayload::InnerMessage(answer) => Ok(Some(answer)),
+        NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+        _ => Ok(None),
+    }
+}
+
+/// The kernel's number of an interface, `None` without one of that name.
+fn index(bridge: &str) -> Result<Option<u32>> {
+    match if_nametoindex(bridge) {
+        Ok(index) => Ok(Some(index)),
+        Err(Errno::ENODEV) => Ok(None),
+        Err(errno) => Err(Error::io("look up", Path::new(bridge), errno.into())),
+    }
 }
 
 #[cfg(test)]
@@ -230,24 +299,47 @@ mod tests {
         assert_eq!(nobody.ensure("../x", address, LIMIT).unwrap_err().kind, ErrorKind::Invalid);
     }
 
+    /// Other routes come and go all the time on a host with many VMs.
     #[test]
-    fn the_table_is_read_exactly() {
-        let line = |to: &str, len: &str, flags: &str, interface: &str| {
-            let zero = "0".repeat(32);
-            format!("{to} {len} {zero} 00 {zero} 00000400 00000001 00000000 {flags}      {interface}\n")
-        };
-        let to = "fd000001000000000000000000000002";
+    fn a_route_is_seen_while_others_change() {
+        if !in_a_namespace("host_route::tests::a_route_is_seen_while_others_change") {
+            return;
+        }
+        let stays: Ipv6Addr = "fd00:1::ff".parse().unwrap();
+        set("br0", stays, true).unwrap();
+        let end = std::time::Instant::now() + Duration::from_secs(1);
+        let changing = std::thread::spawn(move || {
+            while std::time::Instant::now() < end {
+                for (host, wanted) in (1..100_u128).flat_map(|host| [(host, true), (host, false)]) {
+                    let other = Ipv6Addr::from(0xfd00_0001_u128 << 96 | host);
+                    set("br0", other, wanted).unwrap();
+                }
+            }
+        });
+        let mut seen = 0;
+        while !changing.is_finished() {
+            assert!(exists("br0", stays).unwrap(), "missed after {seen} looks");
+            seen += 1;
+        }
+        changing.join().unwrap();
+        assert!(seen > 100, "{seen}");
+    }
+
+    #[test]
+    fn only_the_route_of_the_address_itself_on_the_bridge_counts() {
         let address = "fd00:1::2".parse().unwrap();
-        assert!(routed(&format!("junk\n{}", line(to, "80", "00000001", "br0")), "br0", address));
-        for (len, flags, interface) in [
-            ("40", "00000001", "br0"),
-            ("80", "00000000", "br0"),
-            ("80", "00000003", "br0"),
-            ("80", "80200001", "br0"),
-            ("80", "00200201", "br0"),
-            ("80", "00000001", "br01"),
-        ] {
-            assert!(!routed(&line(to, len, flags, interface), "br0", address), "{len} {flags} {interface}");
+        let route = message(address, Some(7));
+        assert!(leads_to(&route, 7, address));
+        assert!(!leads_to(&route, 8, address));
+        assert!(!leads_to(&route, 7, "fd00:1::3".parse().unwrap()));
+        let mut network = route.clone();
+        network.header.destination_prefix_length = 64;
+        let mut own = route.clone();
+        own.header.kind = RouteType::Local;
+        let mut beyond = route;
+        beyond.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet6("fe80::1".parse().unwrap())));
+        for other in [network, own, beyond] {
+            assert!(!leads_to(&other, 7, address), "{other:?}");
         }
     }
 }
