@@ -6,7 +6,7 @@ mod common;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use common::{Guest, Lab, WALLET, finish, greeting, in_guest, virsh};
+use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, virsh};
 use serde_json::Value;
 
 fn create(lab: &Lab, vm: &str) -> std::process::Child {
@@ -23,6 +23,35 @@ fn connect_from(vm: &str, address: &str, port: u16) -> String {
          except OSError as e: print(\"no:\", e)'"
     );
     in_guest(vm, &script).trim().to_owned()
+}
+
+/// Sends a neighbour advertisement from `vm`, whose address is `own`, that claims `claimed` for its own MAC address.
+fn claim(vm: &str, own: &str, claimed: &str) {
+    in_guest(
+        vm,
+        &format!(
+            r#"python3 - <<'END'
+import glob, os, socket, struct
+link = next(l for l in map(os.path.basename, glob.glob("/sys/class/net/e*")))
+mac = bytes.fromhex(open(f"/sys/class/net/{{link}}/address").read().replace(":", ""))
+address = lambda text: socket.inet_pton(socket.AF_INET6, text)
+source, everybody = address("{own}"), address("ff02::1")
+# RFC 4861, 4.4: type 136, override; the target; option 2, the link-layer address.
+body = struct.pack("!BBHI", 136, 0, 0, 0x20000000) + address("{claimed}") + bytes([2, 1]) + mac
+words = source + everybody + struct.pack("!II", len(body), 58) + body
+total = sum(struct.unpack(f"!{{len(words) // 2}}H", words))
+while total >> 16:
+    total = (total & 0xffff) + (total >> 16)
+body = body[:2] + struct.pack("!H", ~total & 0xffff) + body[4:]
+packet = struct.pack("!IHBB", 6 << 28, len(body), 58, 255) + source + everybody + body
+sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+sender.bind((link, 0))
+for _ in range(3):
+    sender.send(bytes.fromhex("333300000001") + mac + b"\x86\xdd" + packet)
+END"#
+        ),
+    );
+    std::thread::sleep(Duration::from_millis(500));
 }
 
 #[test]
@@ -104,6 +133,24 @@ fn two_tenants_get_working_machines_of_their_own() {
         ),
     );
     assert!(forged.starts_with("no:"), "{forged}");
+
+    // Nor can it take over another's IPv6 address on the host, which the host would believe without its own entry for it.
+    if lab.ipv6() {
+        let ipv6 = |result: &Value| result["ipv6"].as_str().unwrap().to_owned();
+        let (attacker, victim) = (ipv6(&results[0]), ipv6(&results[1]));
+        let mac = |vm: &str| in_guest(vm, "cat /sys/class/net/e*/address").trim().to_owned();
+        let (attackers, victims) = (mac(&one), mac(&two));
+        let known = || output("ip", &["-6", "neigh", "show", &victim, "dev", &lab.bridge]);
+        assert!(known().contains(&format!("{victims} PERMANENT")), "{}", known());
+        output("ip", &["-6", "neigh", "del", &victim, "dev", &lab.bridge]);
+        assert!(greeting(&victim, 22, Duration::from_secs(30)).starts_with("SSH-2.0"));
+        claim(&one, &attacker, &victim);
+        assert!(known().contains(&attackers), "the claim did not arrive: {}", known());
+        lab.run("blockhost-vm-start", &[&two]).success();
+        claim(&one, &attacker, &victim);
+        assert!(known().contains(&format!("{victims} PERMANENT")), "{}", known());
+        assert!(greeting(&victim, 22, Duration::from_secs(30)).starts_with("SSH-2.0"));
+    }
 
     // It shuts down when asked, comes back, and is still reachable.
     lab.run("blockhost-vm-stop", &[&one]).success();

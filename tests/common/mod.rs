@@ -391,6 +391,12 @@ impl Lab {
                     traces.push(format!("route {route}"));
                 }
             }
+            let neighbours = output("ip", &["-6", "neigh", "show", "dev", &self.bridge, "nud", "permanent"]);
+            for neighbour in neighbours.lines().filter_map(|line| line.split_whitespace().next()) {
+                if own.contains(neighbour) {
+                    traces.push(format!("neighbour entry {neighbour}"));
+                }
+            }
         }
         traces
     }
@@ -428,6 +434,8 @@ impl Drop for Lab {
                 let route = format!("{address}/128");
                 let delete = ["-6", "route", "del", &route, "dev", &self.bridge];
                 let _ = Command::new("ip").args(delete).stderr(Stdio::null()).status();
+                let forget = ["-6", "neigh", "del", &address, "dev", &self.bridge];
+                let _ = Command::new("ip").args(forget).stderr(Stdio::null()).status();
             }
         }
         if thread::panicking() {

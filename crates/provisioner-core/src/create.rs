@@ -16,6 +16,7 @@ use provisioner_contract::{NewRecord, RecordStatus};
 use crate::database::{Database, Document};
 use crate::failpoint;
 use crate::host::Host;
+use crate::host_route::mac_text;
 use crate::journal::{Journal, Operation, PoolVolume};
 use crate::libvirt::domain_xml::{DiskMode, DomainSpec, DomainType};
 use crate::libvirt::filter::FilterRef;
@@ -653,14 +654,9 @@ impl<'a> Saga<'a> {
         self.defined()?.set_autostart(true)
     }
 
-    /// Without the route the VM still works over IPv4, and a failed create loses a paid subscription: so this warns.
     fn add_route(&mut self) -> Result<()> {
-        let Some(address) = self.journal.ipv6 else { return Ok(()) };
-        if let Err(error) = self.host.ensure_route(&self.host.settings.bridge, address) {
-            let why = error.in_full();
-            self.host.progress.warn(&format!(
-                "{address} is not reachable through this host until blockhost-vm-start has set the route: {why}"
-            ));
+        if let Some(address) = self.journal.ipv6 {
+            self.host.ensure_reachable(&self.host.settings.bridge, address, Some(self.mac));
         }
         Ok(())
     }
@@ -741,10 +737,6 @@ fn identity(in_use: &InUse) -> (String, [u8; 6]) {
             return (id.to_string(), mac);
         }
     }
-}
-
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// Removes everything the create behind `journal` may have made, and then the journal. Signals do not stop it.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::cancel::Cancel;
 use crate::database::Database;
-use crate::host_route::Way;
+use crate::host_route::{Entry, Way};
 use crate::libvirt::Connection;
 use crate::paths::Directories;
 use crate::progress::Progress;
@@ -63,20 +63,35 @@ impl Host {
         }
     }
 
-    /// Makes sure that the host routes `address` to `bridge`.
-    ///
-    /// # Errors
-    /// When neither the kernel nor the root agent does it.
-    pub(crate) fn ensure_route(&self, bridge: &str, address: Ipv6Addr) -> Result<()> {
-        Way::of_this_process(&self.dirs.run).ensure(bridge, address, ROUTE_LIMIT)
+    /// Makes sure that the host routes `address` to `bridge`, and takes no other MAC address for it than `mac`. Only warns: the
+    /// VM works over IPv4 without, and a failed create loses a paid subscription.
+    pub(crate) fn ensure_reachable(&self, bridge: &str, address: Ipv6Addr, mac: Option<[u8; 6]>) {
+        let way = Way::of_this_process(&self.dirs.run);
+        if let Err(error) = way.ensure(Entry::Route, bridge, address, ROUTE_LIMIT) {
+            self.progress.warn(&format!(
+                "{address} is not reachable through this host until blockhost-vm-start has set its route: {}",
+                error.in_full()
+            ));
+            // Whoever cannot do the one cannot do the other.
+            return;
+        }
+        let Some(mac) = mac else { return };
+        if let Err(error) = way.ensure(Entry::Neighbour(mac), bridge, address, ROUTE_LIMIT) {
+            self.progress.warn(&format!(
+                "another VM could claim {address} until blockhost-vm-start has tied it to its MAC address: {}",
+                error.in_full()
+            ));
+        }
     }
 
-    /// Makes sure that it does not.
+    /// Takes both back.
     ///
     /// # Errors
-    /// When the route is there and stays.
-    pub(crate) fn remove_route(&self, bridge: &str, address: Ipv6Addr) -> Result<()> {
-        Way::of_this_process(&self.dirs.run).remove(bridge, address, ROUTE_LIMIT)
+    /// When one is there and stays.
+    pub(crate) fn forget_address(&self, bridge: &str, address: Ipv6Addr) -> Result<()> {
+        let way = Way::of_this_process(&self.dirs.run);
+        way.remove(Entry::Neighbour([0; 6]), bridge, address, ROUTE_LIMIT)?;
+        way.remove(Entry::Route, bridge, address, ROUTE_LIMIT)
     }
 
     /// The VM database.

@@ -1,4 +1,6 @@
-//! The host's route to a VM's IPv6 address: `<ipv6>/128 dev <bridge>`.
+//! What the host has to know of a VM's IPv6 address: its route, `<ipv6>/128 dev <bridge>`, and its permanent neighbour entry,
+//! which says whose MAC address it is. Without the entry the host believes the first neighbour advertisement, and nothing
+//! in front of it can look into one: a guest could take over the address of another.
 //!
 //! The kernel is asked over netlink, which needs no privilege and no process; only a change needs root, or the root
 //! agent. Both acts may be repeated. `/proc/net/ipv6_route` will not do: its text comes in pieces, and whoever reads while
@@ -12,6 +14,9 @@ use std::time::Duration;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourHeader, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -19,7 +24,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bridge::is_interface_name;
 use crate::{Error, ErrorKind, Result, root_agent};
@@ -40,44 +45,44 @@ impl Way {
         if nix::unistd::geteuid().is_root() { Self::Direct } else { Self::RootAgent(run.join("root-agent.sock")) }
     }
 
-    /// Makes sure that `address` is routed to `bridge`; at most `timeout`.
+    /// Makes sure that the host has `entry` for `address` on `bridge`; at most `timeout`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when `bridge` is no interface name; [`ErrorKind::Io`] when the kernel or the agent
     /// refuses; [`ErrorKind::TimedOut`]; [`ErrorKind::Unavailable`] without an agent.
-    pub fn ensure(&self, bridge: &str, address: Ipv6Addr, timeout: Duration) -> Result<()> {
-        self.change(bridge, address, timeout, true)
+    pub fn ensure(&self, entry: Entry, bridge: &str, address: Ipv6Addr, timeout: Duration) -> Result<()> {
+        self.change(entry, bridge, address, timeout, true)
     }
 
-    /// Makes sure that `address` is not routed to `bridge`; at most `timeout`. A bridge that does not exist has no routes.
+    /// Makes sure that it does not; at most `timeout`. A bridge that does not exist has no entries. Whose MAC address a
+    /// neighbour entry names does not matter.
     ///
     /// # Errors
     /// Those of [`Way::ensure`].
-    pub fn remove(&self, bridge: &str, address: Ipv6Addr, timeout: Duration) -> Result<()> {
-        self.change(bridge, address, timeout, false)
+    pub fn remove(&self, entry: Entry, bridge: &str, address: Ipv6Addr, timeout: Duration) -> Result<()> {
+        self.change(entry, bridge, address, timeout, false)
     }
 
-    fn change(&self, bridge: &str, address: Ipv6Addr, timeout: Duration, wanted: bool) -> Result<()> {
+    fn change(&self, entry: Entry, bridge: &str, address: Ipv6Addr, timeout: Duration, wanted: bool) -> Result<()> {
         if !is_interface_name(bridge) {
             return Err(Error::new(ErrorKind::Invalid, format!("{bridge:?} is not a name of a network interface")));
         }
-        if exists(bridge, address)? == wanted {
+        if entry.exists(bridge, address, wanted)? == wanted {
             return Ok(());
         }
-        let route = format!("{address}/128");
         let done = match self {
-            Self::Direct => set(bridge, address, wanted),
+            Self::Direct => entry.set(bridge, address, wanted),
             Self::RootAgent(socket) => {
-                let action = if wanted { "ip6-route-add" } else { "ip6-route-del" };
-                root_agent::request(socket, action, json!({"address": route, "dev": bridge}), timeout).map(drop)
+                let (action, parameters) = entry.action(bridge, address, wanted);
+                root_agent::request(socket, action, parameters, timeout).map(drop)
             }
         };
         // Somebody else may have made the same change since; then a refusal means nothing.
-        if exists(bridge, address)? == wanted {
+        if entry.exists(bridge, address, wanted)? == wanted {
             return Ok(());
         }
         let act = if wanted { "add" } else { "remove" };
-        let message = format!("cannot {act} the host route {route} on {bridge}");
+        let message = format!("cannot {act} the host's {} {address} on {bridge}", entry.name());
         Err(match done {
             Ok(()) => Error::new(ErrorKind::Io, format!("{message}: it was reported as done, but was not"))
                 .hint("see what else changes routes on this host"),
@@ -90,27 +95,107 @@ impl Way {
     }
 }
 
-/// Whether the kernel routes `address/128` to `bridge`, with no gateway between.
-fn exists(bridge: &str, address: Ipv6Addr) -> Result<bool> {
-    let Some(interface) = index(bridge)? else { return Ok(false) };
-    let mut question = message(address, None);
-    // The entry of the table that matches, not the route that a packet would take.
-    question.header.flags = RouteFlags::FibMatch;
-    match request(RouteNetlinkMessage::GetRoute(question), 0) {
-        Ok(Some(RouteNetlinkMessage::NewRoute(found))) => Ok(leads_to(&found, interface, address)),
-        Ok(_) => Ok(false),
-        // There is none; or the kernel knows no IPv6.
-        Err(error)
-            if [Errno::ENETUNREACH, Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP]
-                .map(|errno| Some(errno as i32))
-                .contains(&error.raw_os_error()) =>
-        {
-            Ok(false)
-        }
-        Err(error) => {
-            Err(Error::new(ErrorKind::Io, format!("cannot ask the kernel for the route to {address}")).because(error))
+/// One of the two things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// The route.
+    Route,
+    /// The permanent neighbour entry, with the VM's MAC address.
+    Neighbour([u8; 6]),
+}
+
+impl Entry {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Route => "route to",
+            Self::Neighbour(_) => "neighbour entry for",
         }
     }
+
+    /// Whether the kernel has it. Asked in order to remove it, a neighbour entry counts whatever MAC address it names.
+    fn exists(self, bridge: &str, address: Ipv6Addr, exactly: bool) -> Result<bool> {
+        let Some(interface) = index(bridge)? else { return Ok(false) };
+        let answer = match self {
+            Self::Route => {
+                let mut question = route_message(address, None);
+                // The entry of the table that matches, not the route that a packet would take.
+                question.header.flags = RouteFlags::FibMatch;
+                request(RouteNetlinkMessage::GetRoute(question), 0)
+            }
+            Self::Neighbour(_) => {
+                request(RouteNetlinkMessage::GetNeighbour(neighbour_message(address, interface, None)), 0)
+            }
+        };
+        match answer {
+            Ok(Some(RouteNetlinkMessage::NewRoute(found))) => Ok(leads_to(&found, interface, address)),
+            Ok(Some(RouteNetlinkMessage::NewNeighbour(found))) => {
+                let Self::Neighbour(mac) = self else { return Ok(false) };
+                let named = NeighbourAttribute::LinkLayerAddress(mac.to_vec());
+                Ok(found.header.state == NeighbourState::Permanent && (!exactly || found.attributes.contains(&named)))
+            }
+            Ok(_) => Ok(false),
+            // There is none; or the kernel knows no IPv6.
+            Err(error)
+                if [Errno::ENETUNREACH, Errno::ENOENT, Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP]
+                    .map(|errno| Some(errno as i32))
+                    .contains(&error.raw_os_error()) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(Error::new(
+                ErrorKind::Io,
+                format!("cannot ask the kernel for the {} {address} on {bridge}", self.name()),
+            )
+            .because(error)),
+        }
+    }
+
+    /// Adds or removes it.
+    fn set(self, bridge: &str, address: Ipv6Addr, wanted: bool) -> Result<()> {
+        let failed = |error| Error::new(ErrorKind::Io, "the kernel refuses").because(error);
+        let interface = index(bridge)?.ok_or_else(|| failed(io::Error::from(Errno::ENODEV)))?;
+        let message = match (self, wanted) {
+            (Self::Route, true) => RouteNetlinkMessage::NewRoute(route_message(address, Some(interface))),
+            (Self::Route, false) => RouteNetlinkMessage::DelRoute(route_message(address, Some(interface))),
+            (Self::Neighbour(mac), true) => {
+                RouteNetlinkMessage::NewNeighbour(neighbour_message(address, interface, Some(mac)))
+            }
+            (Self::Neighbour(_), false) => {
+                RouteNetlinkMessage::DelNeighbour(neighbour_message(address, interface, None))
+            }
+        };
+        request(message, if wanted { NLM_F_CREATE | NLM_F_REPLACE } else { 0 }).map(drop).map_err(failed)
+    }
+
+    /// What the root agent is asked for: the base package's action for the route, this package's for the neighbour.
+    fn action(self, bridge: &str, address: Ipv6Addr, wanted: bool) -> (&'static str, Value) {
+        match (self, wanted) {
+            (Self::Route, true) => ("ip6-route-add", json!({"address": format!("{address}/128"), "dev": bridge})),
+            (Self::Route, false) => ("ip6-route-del", json!({"address": format!("{address}/128"), "dev": bridge})),
+            (Self::Neighbour(mac), true) => {
+                ("virsh-neighbour-add", json!({"address": address, "mac": mac_text(mac), "dev": bridge}))
+            }
+            (Self::Neighbour(_), false) => ("virsh-neighbour-del", json!({"address": address, "dev": bridge})),
+        }
+    }
+}
+
+/// A MAC address as everybody writes it.
+#[must_use]
+pub fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// A MAC address from that text.
+#[must_use]
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut parts = text.split(':');
+    let mut mac = [0; 6];
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
 }
 
 /// Whether `found` is the route of `address` alone, by way of `interface`, to what is on that link.
@@ -123,22 +208,8 @@ fn leads_to(found: &RouteMessage, interface: u32, address: Ipv6Addr) -> bool {
         && !found.attributes.iter().any(|a| matches!(a, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
 }
 
-/// Adds or removes the route.
-fn set(bridge: &str, address: Ipv6Addr, wanted: bool) -> Result<()> {
-    let failed = || Error::new(ErrorKind::Io, "cannot change the host's routes");
-    let interface = index(bridge)?.ok_or_else(|| failed().because(io::Error::from(Errno::ENODEV)))?;
-    let route = message(address, Some(interface));
-    if wanted {
-        request(RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
-    } else {
-        request(RouteNetlinkMessage::DelRoute(route), 0)
-    }
-    .map(drop)
-    .map_err(|error| failed().because(error))
-}
-
 /// What names the route to the kernel: with an interface to add or remove it, without to ask.
-fn message(address: Ipv6Addr, interface: Option<u32>) -> RouteMessage {
+fn route_message(address: Ipv6Addr, interface: Option<u32>) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header =
         RouteHeader { address_family: AddressFamily::Inet6, destination_prefix_length: 128, ..RouteHeader::default() };
@@ -153,10 +224,22 @@ fn message(address: Ipv6Addr, interface: Option<u32>) -> RouteMessage {
     message
 }
 
+/// What names the neighbour entry to the kernel: with a MAC address to set it, without to ask or remove it.
+fn neighbour_message(address: Ipv6Addr, interface: u32, mac: Option<[u8; 6]>) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header = NeighbourHeader { family: AddressFamily::Inet6, ifindex: interface, ..NeighbourHeader::default() };
+    message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)));
+    if let Some(mac) = mac {
+        message.header.state = NeighbourState::Permanent;
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+    }
+    message
+}
+
 /// Sends one message and returns what the kernel answers, `None` for a bare acknowledgement. The kernel answers at once.
 fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
     let mut header = NetlinkHeader::default();
-    let asks = matches!(message, RouteNetlinkMessage::GetRoute(_));
+    let asks = matches!(message, RouteNetlinkMessage::GetRoute(_) | RouteNetlinkMessage::GetNeighbour(_));
     header.flags = NLM_F_REQUEST | flags | if asks { 0 } else { NLM_F_ACK };
     let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(message));
     packet.finalize();
@@ -229,21 +312,21 @@ mod tests {
         let address = "fd00:1::2".parse().unwrap();
         let way = Way::of_this_process(Path::new("/nowhere"));
         assert_eq!(way, Way::Direct);
-        way.remove("br0", address, LIMIT).unwrap();
+        way.remove(Entry::Route, "br0", address, LIMIT).unwrap();
         for _ in 0..2 {
-            way.ensure("br0", address, LIMIT).unwrap();
+            way.ensure(Entry::Route, "br0", address, LIMIT).unwrap();
             assert_eq!(shown("fd00:1::2"), ["fd00:1::2 dev br0"]);
         }
-        way.remove("br1", address, LIMIT).unwrap();
+        way.remove(Entry::Route, "br1", address, LIMIT).unwrap();
         assert_eq!(shown("fd00:1::2"), ["fd00:1::2 dev br0"]);
-        way.ensure("br1", address, LIMIT).unwrap();
+        way.ensure(Entry::Route, "br1", address, LIMIT).unwrap();
         assert_eq!(shown("fd00:1::2"), ["fd00:1::2 dev br1"]);
         for _ in 0..2 {
-            way.remove("br1", address, LIMIT).unwrap();
+            way.remove(Entry::Route, "br1", address, LIMIT).unwrap();
             assert!(shown("fd00:1::2").is_empty());
         }
-        way.remove("br9", address, LIMIT).unwrap();
-        let error = way.ensure("br9", address, LIMIT).unwrap_err();
+        way.remove(Entry::Route, "br9", address, LIMIT).unwrap();
+        let error = way.ensure(Entry::Route, "br9", address, LIMIT).unwrap_err();
         assert!(error.kind == ErrorKind::Io && error.message.contains("br9") && error.hint.is_some(), "{error}");
 
         // The host's own address and a route through a gateway are not the route to a VM.
@@ -253,7 +336,7 @@ mod tests {
         ] {
             assert!(Command::new("ip").args(args).status().unwrap().success());
         }
-        assert!(!exists("br0", "fd00:2::2".parse().unwrap()).unwrap());
+        assert!(!Entry::Route.exists("br0", "fd00:2::2".parse().unwrap(), true).unwrap());
 
         let bridge = crate::bridge::look_up("br0").unwrap();
         assert_eq!(bridge.ipv4, [("10.1.2.1".parse().unwrap(), 22)]);
@@ -270,10 +353,10 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let address: Ipv6Addr = "fd00:1::2".parse().unwrap();
-        let ask = |name: &str, answer: serde_json::Value, wanted: bool| {
+        let ask = |name: &str, answer: Value, wanted: bool| {
             let socket = dir.path().join(name);
             let agent = root_agent::tests::agent(&socket, root_agent::encode(&answer).unwrap());
-            let result = Way::RootAgent(socket).change("br0", address, LIMIT, wanted);
+            let result = Way::RootAgent(socket).change(Entry::Route, "br0", address, LIMIT, wanted);
             (result, agent.join().unwrap())
         };
         let (result, asked) = ask("a", json!({"ok": false, "error": "Invalid device"}), true);
@@ -286,17 +369,17 @@ mod tests {
         let (result, _) = ask("b", json!({"ok": true}), true);
         assert!(result.unwrap_err().message.contains("was not"));
 
-        Way::Direct.ensure("br0", address, LIMIT).unwrap();
+        Way::Direct.ensure(Entry::Route, "br0", address, LIMIT).unwrap();
         let nobody = Way::RootAgent(dir.path().join("none"));
         // What is there already needs no agent.
-        nobody.ensure("br0", address, LIMIT).unwrap();
-        assert_eq!(nobody.remove("br0", address, LIMIT).unwrap_err().kind, ErrorKind::Unavailable);
+        nobody.ensure(Entry::Route, "br0", address, LIMIT).unwrap();
+        assert_eq!(nobody.remove(Entry::Route, "br0", address, LIMIT).unwrap_err().kind, ErrorKind::Unavailable);
         let (result, asked) = ask("c", json!({"ok": true}), false);
         assert_eq!(asked, json!({"action": "ip6-route-del", "params": {"address": "fd00:1::2/128", "dev": "br0"}}));
         assert!(result.is_err());
-        Way::Direct.remove("br0", address, LIMIT).unwrap();
-        nobody.remove("br0", address, LIMIT).unwrap();
-        assert_eq!(nobody.ensure("../x", address, LIMIT).unwrap_err().kind, ErrorKind::Invalid);
+        Way::Direct.remove(Entry::Route, "br0", address, LIMIT).unwrap();
+        nobody.remove(Entry::Route, "br0", address, LIMIT).unwrap();
+        assert_eq!(nobody.ensure(Entry::Route, "../x", address, LIMIT).unwrap_err().kind, ErrorKind::Invalid);
     }
 
     /// Other routes come and go all the time on a host with many VMs.
@@ -306,29 +389,69 @@ mod tests {
             return;
         }
         let stays: Ipv6Addr = "fd00:1::ff".parse().unwrap();
-        set("br0", stays, true).unwrap();
+        Entry::Route.set("br0", stays, true).unwrap();
         let end = std::time::Instant::now() + Duration::from_secs(1);
         let changing = std::thread::spawn(move || {
             while std::time::Instant::now() < end {
                 for (host, wanted) in (1..100_u128).flat_map(|host| [(host, true), (host, false)]) {
                     let other = Ipv6Addr::from(0xfd00_0001_u128 << 96 | host);
-                    set("br0", other, wanted).unwrap();
+                    Entry::Route.set("br0", other, wanted).unwrap();
                 }
             }
         });
         let mut seen = 0;
         while !changing.is_finished() {
-            assert!(exists("br0", stays).unwrap(), "missed after {seen} looks");
+            assert!(Entry::Route.exists("br0", stays, true).unwrap(), "missed after {seen} looks");
             seen += 1;
         }
         changing.join().unwrap();
         assert!(seen > 100, "{seen}");
     }
 
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+
+    #[test]
+    fn a_neighbour_is_known_for_good_and_another_mac_replaces_it() {
+        if !in_a_namespace("host_route::tests::a_neighbour_is_known_for_good_and_another_mac_replaces_it") {
+            return;
+        }
+        let address: Ipv6Addr = "fd00:1::2".parse().unwrap();
+        let other = [0x52, 0x54, 0, 1, 2, 4];
+        let neighbours = || {
+            let output = Command::new("ip").args(["-6", "neigh", "show", "dev", "br0"]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap().trim().to_owned()
+        };
+        for (mac, text) in [(MAC, "52:54:00:01:02:03"), (MAC, "52:54:00:01:02:03"), (other, "52:54:00:01:02:04")] {
+            Way::Direct.ensure(Entry::Neighbour(mac), "br0", address, LIMIT).unwrap();
+            assert_eq!(neighbours(), format!("fd00:1::2 lladdr {text} PERMANENT"));
+        }
+        assert!(!Entry::Neighbour(MAC).exists("br0", address, true).unwrap());
+        for _ in 0..2 {
+            Way::Direct.remove(Entry::Neighbour(MAC), "br0", address, LIMIT).unwrap();
+            assert!(!neighbours().contains("PERMANENT"), "{}", neighbours());
+        }
+        // What the host has learnt is not what it was told.
+        let learnt =
+            ["-6", "neigh", "replace", "fd00:1::3", "lladdr", "52:54:00:01:02:03", "nud", "reachable", "dev", "br0"];
+        assert!(Command::new("ip").args(learnt).status().unwrap().success());
+        assert!(!Entry::Neighbour(MAC).exists("br0", "fd00:1::3".parse().unwrap(), true).unwrap());
+    }
+
+    #[test]
+    fn a_mac_address_is_six_pairs_of_hex_digits() {
+        assert_eq!(parse_mac("52:54:00:01:02:03"), Some(MAC));
+        assert_eq!(parse_mac(&mac_text(MAC)), Some(MAC));
+        for wrong in
+            ["", "52:54:00:01:02", "52:54:00:01:02:03:04", "52:54:00:01:02:3", "52:54:00:01:02:+3", "52-54-00-01-02-03"]
+        {
+            assert_eq!(parse_mac(wrong), None, "{wrong}");
+        }
+    }
+
     #[test]
     fn only_the_route_of_the_address_itself_on_the_bridge_counts() {
         let address = "fd00:1::2".parse().unwrap();
-        let route = message(address, Some(7));
+        let route = route_message(address, Some(7));
         assert!(leads_to(&route, 7, address));
         assert!(!leads_to(&route, 8, address));
         assert!(!leads_to(&route, 7, "fd00:1::3".parse().unwrap()));

@@ -6,6 +6,7 @@ use provisioner_contract::{Record, RecordStatus, VmName};
 use provisioner_metrics::store::Store;
 
 use crate::host::Host;
+use crate::host_route::parse_mac;
 use crate::libvirt::{Domain, DomainState};
 use crate::lock::VmLock;
 use crate::ownership::{self, OwnDomain};
@@ -120,11 +121,11 @@ fn bring_up(host: &Host, domain: &Domain) -> Result<()> {
 }
 
 fn restore_route(host: &Host, vm: &Locked) {
-    let metadata = vm.own.facts.metadata.as_ref().and_then(|m| m.ipv6);
+    let facts = &vm.own.facts;
+    let metadata = facts.metadata.as_ref().and_then(|m| m.ipv6);
     let Some(address) = vm.record.as_ref().and_then(Record::ipv6).or(metadata) else { return };
-    if let Err(error) = host.ensure_route(&host.settings.bridge, address) {
-        host.progress.warn(&format!("{address} is not reachable through this host: {}", error.in_full()));
-    }
+    let mac = facts.macs.first().and_then(|mac| parse_mac(mac));
+    host.ensure_reachable(&host.settings.bridge, address, mac);
 }
 
 /// Shuts the VM down and waits until it is off.

@@ -72,13 +72,13 @@ pub fn volumes(connection: &Connection, journal: &Journal) -> Result<InUse> {
     Ok(in_use)
 }
 
-/// Removes the host's route to the VM.
+/// Removes the host's route and neighbour entry of the VM.
 ///
 /// # Errors
-/// When the route is there and cannot be removed.
+/// When one is there and cannot be removed.
 pub fn route(host: &Host, journal: &Journal) -> Result<()> {
     let Some(address) = journal.ipv6 else { return Ok(()) };
-    host.remove_route(&journal.bridge, address)
+    host.forget_address(&journal.bridge, address)
 }
 
 /// Addresses that are somebody's although no record says so: of creates under way, and of defined domains whose record
