@@ -601,7 +601,7 @@ pub fn in_guest(vm: &str, script: &str) -> String {
         &serde_json::json!({"execute": "guest-exec", "arguments":
             {"path": "/bin/sh", "arg": ["-c", script], "capture-output": true}}),
     );
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(300);
     loop {
         let status =
             agent(vm, &serde_json::json!({"execute": "guest-exec-status", "arguments": {"pid": started["pid"]}}));
