@@ -157,7 +157,7 @@ fn two_tenants_get_working_machines_of_their_own() {
     assert_eq!(lab.status(&one), "suspended");
     assert!(virsh(&["domstate", &one]).contains("shut off"));
     lab.run("blockhost-vm-start", &[&one]).success();
-    assert!(greeting(&ip(&results[0]), 22, Duration::from_secs(120)).starts_with("SSH-2.0"));
+    assert!(greeting(&ip(&results[0]), 22, Duration::from_secs(300)).starts_with("SSH-2.0"));
 
     lab.destroy(&one).success();
     lab.destroy(&two).success();
