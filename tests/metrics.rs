@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::any::Any;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -336,7 +337,7 @@ fn one_frozen_qemu_among_fifty_delays_no_round() {
     };
     let well = || eventually(&lab, ill, "well", |m| m["disk_read_iops"].as_i64().unwrap() >= 0);
     // Stopped by a signal, which shows, and by the freezer, which does not: then the monitor just never answers.
-    type Freeze<'a> = &'a dyn Fn() -> Box<dyn Drop>;
+    type Freeze<'a> = &'a dyn Fn() -> Box<dyn Any>;
     let stop: Freeze = &|| Box::new(Stopped::new(ill));
     let freeze: Freeze = &|| Box::new(Freezer::new(&fs::read_to_string(format!("/proc/{}/cgroup", pid(ill))).unwrap()));
     for (how, freeze) in [("stopped", stop), ("frozen", freeze)] {
