@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, finish, in_guest, output, virsh};
+use common::{Guest, Lab, finish, in_guest, output, qemu_pid, virsh};
 use serde_json::{Value, json};
 
 const UNLIMITED: &str = "cpu-shares: 1024\ncpu-quota: unlimited\niops-read: unlimited\niops-write: unlimited\n\
@@ -206,6 +206,23 @@ fn limits_survive_stop_and_start_and_can_be_set_while_a_vm_is_off() {
     throttle(&lab, &vm, &["--cpu-quota", "41", "--iops-write", "71"]).success();
     assert_eq!(libvirt(&["schedinfo", &vm, "--live"])["global_quota"], 41_000);
     assert_eq!(libvirt(&["blkdeviotune", &vm, "vda", "--live"])["write_iops_sec"], 71);
+    virsh(&["resume", &vm]);
+
+    // A QEMU that does not answer: what the kernel limits is limited, and the rest is given up in a bounded time.
+    let pid = qemu_pid(&vm);
+    output("kill", &["-STOP", &pid]);
+    let begun = Instant::now();
+    let frozen = throttle(&lab, &vm, &["--cpu-quota", "42", "--iops-write", "72"]);
+    let took = begun.elapsed();
+    output("kill", &["-CONT", &pid]);
+    let frozen = frozen.fails_with(1);
+    for part in ["set and in force: cpu-quota;", "not set: iops-write", "no answer within"] {
+        assert!(frozen.reason().contains(part), "{part:?}: {frozen:#?}");
+    }
+    assert!(took < Duration::from_secs(60), "it took {took:?}");
+    assert_eq!(libvirt(&["schedinfo", &vm, "--live"])["global_quota"], 42_000);
+    throttle(&lab, &vm, &["--iops-write", "73"]).success();
+    assert_eq!(libvirt(&["blkdeviotune", &vm, "vda", "--live"])["write_iops_sec"], 73);
     lab.run("blockhost-vm-kill", &[&vm]).success();
 
     // The smallest bandwidth is neither unlimited nor nothing, in is in, and out can take a whole frame.

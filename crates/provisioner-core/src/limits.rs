@@ -9,8 +9,8 @@ use crate::{Error, ErrorKind, Result};
 pub const DEFAULT_SHARES: u64 = 1024;
 /// The default weight of a cgroup v2.
 const DEFAULT_WEIGHT: u64 = 100;
-/// Weights of cgroup v2 (kernel, `cgroup-v2.rst`).
-const WEIGHTS: std::ops::RangeInclusive<u64> = 1..=10_000;
+/// Weights of cgroup v2 (kernel, `cgroup-v2.rst`), but for 1: libvirt refuses what is below the least share of version 1.
+const WEIGHTS: std::ops::RangeInclusive<u64> = LEAST_SHARES..=10_000;
 /// The least share of cgroup v1 (kernel, `MIN_SHARES`).
 const LEAST_SHARES: u64 = 2;
 
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(CpuController::V2.from_libvirt(100), 1024);
         assert_eq!(CpuController::V2.to_libvirt(512), 50);
         assert_eq!(CpuController::V2.to_libvirt(256), 25);
-        assert_eq!(CpuController::V2.to_libvirt(1), 1);
+        assert_eq!(CpuController::V2.to_libvirt(1), 2);
         assert_eq!(CpuController::V2.to_libvirt(10_000), 977);
         assert_eq!(CpuController::V1.to_libvirt(1), 2);
     }
@@ -325,7 +325,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_weight_survives_being_read_back(weight in 1_u64..=977) {
+        fn a_weight_survives_being_read_back(weight in 2_u64..=977) {
             let shares = CpuController::V2.from_libvirt(weight);
             prop_assert_eq!(CpuController::V2.to_libvirt(shares), weight);
         }
