@@ -22,7 +22,9 @@ const READ_SECONDS: u8 = 2;
 /// `usermod` itself waits up to 15 s for others that hold the lock of `/etc/passwd`.
 const USERMOD_LIMIT: Duration = Duration::from_secs(17);
 
-/// What cloud-init's template, and nobody but us after it, calls the user.
+const USERMOD: &str = "/usr/sbin/usermod";
+
+/// The login user where nothing names another.
 const DEFAULT_USER: &str = "admin";
 
 /// What an update did.
@@ -67,12 +69,14 @@ pub fn update(
     }
     let what = format!("cannot set the GECOS field of {user} in {name}");
     let usermod = GuestCommand::Program {
-        path: "/usr/sbin/usermod",
+        path: USERMOD,
         arguments: vec!["-c".into(), wanted.clone(), "--".into(), user.to_string()],
     };
-    let done = guest
-        .run(&usermod, Some(left(USERMOD_LIMIT)))
-        .map_err(|error| Error::new(error.kind, what.as_str()).because(error))?;
+    let done = guest.run(&usermod, Some(left(USERMOD_LIMIT))).map_err(|error| {
+        let missing = error.kind == ErrorKind::Hypervisor && error.in_full().contains(USERMOD);
+        let failed = Error::new(error.kind, what.as_str()).because(error);
+        if missing { failed.hint("the image needs usermod, of Debian's package passwd") } else { failed }
+    })?;
     if done.end != End::Exited(0) {
         let said = format!("usermod ended with {}: {}", done.end.code(), first_line(&done.stderr));
         return Err(Error::new(ErrorKind::Hypervisor, what).because(said));

@@ -26,6 +26,8 @@ pub const OUTPUT_LIMIT: usize = 1 << 20;
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 /// Until an agent that can answer must have answered. libvirt alone takes 5 s to find that one does not, callers have 5.
 const CONTACT_LIMIT: Duration = Duration::from_millis(4500);
+/// One ping, however late its channel was opened.
+const LEAST_LIMIT: Duration = Duration::from_millis(500);
 /// Starting a process, for an agent that has just answered.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// One question whether the command has ended. The answer may be 3 MB, which an emulated guest needs a second for.
@@ -49,7 +51,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(1);
 const WRAPPER: &str = r#"command=$(cat; echo x)
 exec 3>&1 4>&2 2>/dev/null </dev/null
 limit() { head -c 1048577; cat >/dev/null; }
-code=$({ { { (exec 2>&1 >&6 3>&- 4>&- 5>&- 6>&-; exec /bin/sh -c "${command%x}"); echo $? >&5; } | limit >&4 5>&- 6>&-; } 6>&1 | limit >&3 5>&-; } 5>&1)
+code=$({ { { (exec 2>&1 >&6 3>&- 4>&- 5>&- 6>&-; exec /bin/sh -c -- "${command%x}"); echo $? >&5; } | limit >&4 5>&- 6>&-; } 6>&1 | limit >&3 5>&-; } 5>&1)
 exit "${code:-126}""#;
 
 /// What to run in a guest, as root. It has no `Debug`, as it may hold secrets.
@@ -186,8 +188,8 @@ impl<'a> Guest<'a> {
         let end = Instant::now() + CONTACT_LIMIT;
         let left = || end.saturating_duration_since(Instant::now());
         loop {
-            let silence = match self.domain.within(left(), &self.host.cancel, Condition::of)? {
-                Condition::Listening => match self.ask("guest-ping", Value::Null, left()) {
+            let silence = match self.domain.within(LOOK_LIMIT, &self.host.cancel, Condition::of)? {
+                Condition::Listening => match self.ask("guest-ping", Value::Null, left().max(LEAST_LIMIT)) {
                     Ok(_) => return Ok(()),
                     Err(error) if error.kind == ErrorKind::TimedOut => Some(error),
                     Err(error) => return Err(error),
@@ -228,7 +230,10 @@ impl<'a> Guest<'a> {
         let left = |most: Duration| limit.map_or(most, |limit| most.min(limit.saturating_sub(begin.elapsed())));
         let started =
             self.ask("guest-exec", command.request(), left(START_LIMIT)).map_err(|error| match error.kind {
-                ErrorKind::Hypervisor => error.hint("guest-exec may be switched off in the guest's qemu-guest-agent"),
+                ErrorKind::Hypervisor if is_switched_off(&error) => {
+                    error.hint("the qemu-guest-agent in the guest must allow guest-exec")
+                }
+                ErrorKind::Hypervisor => error,
                 _ => self.lost("it is not known whether the command was started in", Some(error)),
             })?;
         let pid = parse_started(&started)
@@ -301,6 +306,12 @@ impl<'a> Guest<'a> {
             None => error,
         }
     }
+}
+
+/// Whether the agent refuses the command as such.
+fn is_switched_off(error: &Error) -> bool {
+    let said = error.in_full();
+    said.contains("has been disabled") || said.contains("has not been found")
 }
 
 /// The process id in the agent's answer to `guest-exec`.
@@ -450,6 +461,7 @@ mod tests {
     fn the_wrapper_changes_nothing_but_the_amount_of_output() {
         let both = wrapped(b"echo out; echo err >&2; exit 7");
         assert_eq!(both, (Some(7), b"out\n".to_vec(), b"err\n".to_vec()));
+        assert_eq!(wrapped(b"--help").0, Some(127), "a command of that name, not an option of the shell");
         assert_eq!(wrapped(b"kill -9 $$"), (Some(137), vec![], vec![]), "no word of the shell's own");
         assert_eq!(wrapped(b"cat; printf '\\377%s' \"\xfe\n\n\"\n\n").1, b"\xff\xfe\n\n");
         // More than a pipe holds on both streams at once, and nothing breaks the command's pipe.
