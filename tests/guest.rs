@@ -226,10 +226,13 @@ long 11000000 > status12
 /// That agent.
 const LIAR: &str = r#"
 cd /tmp
-killall qemu-ga
+mv /bin/qemu-ga /bin/away; killall qemu-ga; sleep 1
 exec 3<>/dev/virtio-ports/org.qemu.guest_agent.0
-e=0; s=0
-while read -r line <&3; do
+e=0
+s=0
+while :; do
+    # Nothing to read: libvirt has not come to the other end yet.
+    read -r line <&3 || { sleep 0.1; continue; }
     case $line in
     *guest-sync*) echo "$line" | sed 's/.*"id": *\([0-9]*\).*/{"return":\1}/' >&3 ;;
     *guest-exec-status*) s=$((s + 1)); cat status$s >&3 ;;
