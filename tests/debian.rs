@@ -4,7 +4,7 @@
 mod common;
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, virsh};
 use serde_json::Value;
@@ -54,6 +54,76 @@ END"#
     std::thread::sleep(Duration::from_millis(500));
 }
 
+/// What tests/guest.rs shows with busybox, with the shell and the agent service of a Debian.
+fn commands_run_in(lab: &Lab, vm: &str) {
+    let exec = |words: &[&str]| {
+        let mut all = vec![vm];
+        all.extend(words);
+        lab.run("blockhost-vm-guest-exec", &all)
+    };
+    let text = "echo 'a  \"b\"' \"c 'd'\" $((1 + 1)) \\$x && printf '%s' ü |\ncat; whoami; wc -c; exit 7";
+    let outcome = exec(&[text]);
+    assert_eq!((outcome.code, &*outcome.stdout), (Some(7), "a  \"b\" c 'd' 2 $x\nüroot\n0\n"), "{outcome:?}");
+    let killed = exec(&["kill -KILL $$"]);
+    assert_eq!((killed.code, &*killed.stderr), (Some(137), ""), "{killed:?}");
+    exec(&["--help"]).fails_with(127);
+    let much = exec(&["--", "head -c 10485760 /dev/zero; head -c 10485760 /dev/zero >&2; echo end"]).success();
+    assert_eq!(much.stdout.len(), 1 << 20);
+    assert!(much.reason().contains("stdout and stderr were cut off"), "{}", much.reason());
+    // The agent logs what it starts, but not what that is given.
+    exec(&[": s3cret-$((40 + 2))"]).success();
+    let logged =
+        in_guest(vm, "journalctl --no-pager -u qemu-guest-agent | grep -c guest-exec; journalctl | grep -c s3cret");
+    let counts: Vec<u32> = logged.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(counts[0] > 0, "the agent logs what it starts: {counts:?}");
+    // Our own question names it.
+    assert!(counts[1] <= 1, "{}", in_guest(vm, "journalctl | grep s3cret"));
+}
+
+fn the_owner_is_named_in(lab: &Lab, vm: &str) {
+    let update = |wallet: &str, id: &str| lab.run("blockhost-vm-update-gecos", &[vm, wallet, "--nft-id", id]);
+    let gecos = |user: &str| in_guest(vm, &format!("getent passwd {user} | cut -d: -f5")).trim_end().to_owned();
+    // As cloud-init has made it, and as often as one likes: the file is not even written anew.
+    let inode = || in_guest(vm, "stat -c %i%Z /etc/passwd");
+    let before = inode();
+    update(WALLET, "77").success();
+    update(WALLET, "77").success();
+    assert_eq!(inode(), before);
+    let others = in_guest(vm, "grep -v ^alice: /etc/passwd");
+    let forms = [
+        ("0x52908400098527886E0F7030069857D2E4169EE7", "0"),
+        (&format!("0x{}", "a1".repeat(32)), "18446744073709551616"),
+        (&"ab".repeat(28), "007"),
+        (
+            "addr_test1qz2fxv2umyhttkxyxp8x0dlpdt3k6cwng5pxj3jhsydzer3jcu5d8ps7zex2k2xt3uqxgjqnnj83ws8lhrn648jjxtwq2ytjqp",
+            "1",
+        ),
+        ("9fRAWhdxEsTcdb8PhGNrZfwqa65zfkuYHAMmkQLcic1gdLSV5vA", &"f0".repeat(32)),
+        ("bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4", "42"),
+    ];
+    for (wallet, id) in forms {
+        assert_eq!(update(wallet, id).success().stdout, "");
+        assert_eq!(gecos("alice"), format!("wallet={wallet},nft={id}"));
+    }
+    // Several at once leave a file that is whole.
+    let children: Vec<_> = ["a", "b", "c"]
+        .map(|id| lab.command("blockhost-vm-update-gecos").args([vm, WALLET, "--nft-id", id]).spawn().unwrap())
+        .into_iter()
+        .collect();
+    for child in children {
+        let outcome = finish(child);
+        // Another one's value may be there when it is read back.
+        assert!(outcome.code == Some(0) || outcome.reason().contains("the field is another"), "{outcome:?}");
+    }
+    assert_eq!(in_guest(vm, "grep -v ^alice: /etc/passwd"), others);
+    assert_eq!(in_guest(vm, "grep -c ^alice: /etc/passwd; ls /etc/passwd.lock 2>/dev/null").trim(), "1");
+    update(WALLET, "77").success();
+    assert_eq!(gecos("alice"), format!("wallet={WALLET},nft=77"));
+    lab.run("blockhost-vm-update-gecos", &[vm, WALLET, "--nft-id", "77", "--username", "admin"])
+        .fails_with(1)
+        .says("has no user admin");
+}
+
 #[test]
 fn two_tenants_get_working_machines_of_their_own() {
     let lab = Lab::new(Guest::Debian);
@@ -72,7 +142,8 @@ fn two_tenants_get_working_machines_of_their_own() {
         assert!(user.contains(&format!("wallet={WALLET},nft=77")), "{user}");
     }
     for (vm, result) in [&one, &two].into_iter().zip(&results) {
-        in_guest(vm, "cloud-init status --wait >/dev/null");
+        // However long that takes on a busy machine.
+        lab.run("blockhost-vm-guest-exec", &[vm, "cloud-init status --wait >/dev/null"]).success();
         assert_eq!(in_guest(vm, "cloud-init status").trim(), "status: done");
         // Static address, default route through the bridge, the name.
         let addresses = in_guest(vm, "ip -o address show");
@@ -97,6 +168,9 @@ fn two_tenants_get_working_machines_of_their_own() {
             assert!(sshd.lines().any(|l| l == line), "{line} is not in:\n{sshd}");
         }
     }
+
+    commands_run_in(&lab, &one);
+    the_owner_is_named_in(&lab, &one);
 
     // Nothing that identifies a machine is shared.
     for identity in [
@@ -155,6 +229,9 @@ fn two_tenants_get_working_machines_of_their_own() {
     // It shuts down when asked, comes back, and is still reachable.
     lab.run("blockhost-vm-stop", &[&one]).success();
     assert_eq!(lab.status(&one), "suspended");
+    let begin = Instant::now();
+    lab.run("blockhost-vm-update-gecos", &[&one, WALLET, "--nft-id", "77"]).fails_with(1).says("does not run");
+    assert!(begin.elapsed() < Duration::from_secs(5));
     assert!(virsh(&["domstate", &one]).contains("shut off"));
     lab.run("blockhost-vm-start", &[&one]).success();
     assert!(greeting(&ip(&results[0]), 22, Duration::from_secs(300)).starts_with("SSH-2.0"));

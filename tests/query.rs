@@ -267,11 +267,12 @@ fn detect_says_it_with_its_exit_code_alone() {
     lab.run("blockhost-provisioner-detect", &[]).success();
 }
 
-const COMMANDS: [&str; 11] = [
+const COMMANDS: [&str; 13] = [
     "blockhost-build-template",
     "blockhost-provisioner-detect",
     "blockhost-vm-create",
     "blockhost-vm-destroy",
+    "blockhost-vm-guest-exec",
     "blockhost-vm-kill",
     "blockhost-vm-list",
     "blockhost-vm-metrics",
@@ -279,6 +280,7 @@ const COMMANDS: [&str; 11] = [
     "blockhost-vm-status",
     "blockhost-vm-stop",
     "blockhost-vm-throttle",
+    "blockhost-vm-update-gecos",
 ];
 
 /// The help of all commands, as reviewers and operators see it.
@@ -307,7 +309,7 @@ fn every_command_explains_itself_with_an_example() {
 fn no_command_reads_stdin() {
     let lab = Lab::new(Guest::Blank);
     let plan = ["vm", "--owner-wallet", WALLET, "--mock"];
-    let runs: [(&str, &[&str], i32); 8] = [
+    let runs: [(&str, &[&str], i32); 10] = [
         ("blockhost-vm-create", &plan, 0),
         ("blockhost-vm-destroy", &["vm"], 0),
         ("blockhost-vm-start", &["vm"], 1),
@@ -315,6 +317,8 @@ fn no_command_reads_stdin() {
         ("blockhost-vm-kill", &["vm"], 1),
         ("blockhost-vm-status", &["vm"], 0),
         ("blockhost-vm-list", &[], 0),
+        ("blockhost-vm-guest-exec", &["vm", "cat"], 1),
+        ("blockhost-vm-update-gecos", &["vm", WALLET, "--nft-id", "7"], 1),
         ("blockhost-provisioner-detect", &[], 0),
     ];
     for (program, arguments, code) in runs {

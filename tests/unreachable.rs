@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::proxy::{Mode, Proxy};
-use common::{Guest, Lab, Outcome, Parked, finish, virsh};
+use common::{Guest, Lab, Outcome, Parked, WALLET, finish, virsh};
 use provisioner_core::{create, destroy};
 use serde_json::Value;
 
@@ -80,6 +80,9 @@ fn while_libvirt_is_down_nothing_is_deleted() {
             let failed = lab.run_by(&proxy, program, &[vm]).fails_with(1).says("cannot connect to libvirt");
             assert!(failed.reason().contains("hint"), "{failed:?}");
         }
+        lab.run_by(&proxy, "blockhost-vm-guest-exec", &[vm, "true"]).fails_with(1).says("cannot connect to libvirt");
+        let gecos = lab.run_by(&proxy, "blockhost-vm-update-gecos", &[vm, WALLET, "--nft-id", "7"]);
+        gecos.fails_with(1).says("cannot connect to libvirt");
         let status = lab.run_by(&proxy, "blockhost-vm-status", &[vm]).success();
         assert_eq!(status.stdout, "unknown\n");
     }

@@ -6,6 +6,7 @@ pub mod output;
 mod progress;
 mod signals;
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -97,7 +98,15 @@ impl Command {
     /// # Errors
     /// The exit code.
     pub fn arguments<A: clap::Parser>(&self) -> Result<A, ExitCode> {
-        A::try_parse().map_err(|error| {
+        self.arguments_from(std::env::args_os())
+    }
+
+    /// The same from these words, the first of which is the program.
+    ///
+    /// # Errors
+    /// The exit code.
+    pub fn arguments_from<A: clap::Parser>(&self, words: impl IntoIterator<Item = OsString>) -> Result<A, ExitCode> {
+        A::try_parse_from(words).map_err(|error| {
             self.complain_usage(&error);
             if error.use_stderr() { ExitCode::from(exit::USAGE) } else { ExitCode::from(exit::SUCCESS) }
         })

@@ -11,6 +11,8 @@ pub mod destroy;
 pub mod durable;
 pub mod error;
 pub mod failpoint;
+pub mod gecos;
+pub mod guest_exec;
 pub mod host;
 pub mod host_route;
 pub mod journal;

@@ -1,7 +1,15 @@
 //! The guest agent: asked rarely, only when its channel is connected, and never believed.
 //!
 //! The agent has one command slot per VM. A call whose caller has given up still occupies it until libvirt's own
-//! time limit, so every call carries a short one.
+//! time limit, so every call carries a short one. That limit is not the whole: before a command libvirt makes sure that the
+//! agent listens, which takes up to 5 s more, and before that it waits up to 30 s for the slot. Who cannot wait that long
+//! calls [`Domain::within`].
+//!
+//! How much an agent may say is limited too (measured, libvirt 9.0): an answer beyond 4 MiB does not fit into libvirt's
+//! protocol and is lost, and one beyond 10 MiB makes libvirt give up the channel until the agent opens it anew. So
+//! nothing is asked for whose answer can become that long.
+
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -9,7 +17,8 @@ use serde_json::{Value, json};
 use virt::error::ErrorNumber;
 
 use super::domain::Domain;
-use super::{failure, known};
+use super::{failure, interruptible, known};
+use crate::cancel::Cancel;
 use crate::{Error, ErrorKind, Result};
 
 /// The most one file read returns, so that a guest cannot fill our memory.
@@ -38,7 +47,7 @@ impl Domain {
         let answer =
             self.raw().qemu_agent_command(&request.to_string(), i32::from(seconds), 0).map_err(|e| {
                 match known(&e) {
-                    ErrorNumber::AgentUnresponsive => {
+                    ErrorNumber::AgentUnresponsive | ErrorNumber::AgentCommandTimeout => {
                         Error::new(ErrorKind::TimedOut, what()).because(super::Cause::from(&e))
                     }
                     _ => failure(format!("guest agent of {} refuses {command}", self.name()), &e),
@@ -50,6 +59,24 @@ impl Domain {
             Some(value) => Ok(value.take()),
             None => Err(Error::new(ErrorKind::Hypervisor, what())),
         }
+    }
+
+    /// Runs `calls`, which wait for the agent, for at most `limit` and until a stop is asked for. What was asked then may
+    /// happen still.
+    ///
+    /// # Errors
+    /// `TimedOut` when the time is over, `Interrupted`, or those of `calls`.
+    pub fn within<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        cancel: &Cancel,
+        calls: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let domain = self.clone();
+        interruptible(limit, cancel, move || calls(&domain))?.unwrap_or_else(|| {
+            let what = format!("guest agent of {} does not answer in time", self.name());
+            Err(Error::new(ErrorKind::TimedOut, what))
+        })
     }
 
     /// Whether the agent answers within `seconds`.
@@ -77,11 +104,19 @@ impl Domain {
     }
 }
 
-fn decode_base64(text: &str, limit: usize) -> Option<Vec<u8>> {
+/// Bytes as the agent takes them.
+#[must_use]
+pub fn encode_base64(bytes: &[u8]) -> String {
+    BASE64.encode(bytes)
+}
+
+/// What the agent sent as base64, or `None` when it is none or they are more than `limit`.
+#[must_use]
+pub fn decode_base64(text: &str, limit: usize) -> Option<Vec<u8>> {
     if text.len() / 4 * 3 > limit + 2 {
         return None;
     }
-    BASE64.decode(text).ok()
+    BASE64.decode(text).ok().filter(|bytes| bytes.len() <= limit)
 }
 
 /// Whether `passwd` (the text of `/etc/passwd`) has the user `name` as a person's account. One of the system's own, such as

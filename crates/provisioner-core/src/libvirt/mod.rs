@@ -24,7 +24,7 @@ use virt::connect::Connect;
 use virt::error::{ErrorDomain, ErrorNumber};
 
 use crate::{Error, ErrorKind, Result};
-pub use deadline::bounded;
+pub use deadline::{bounded, interruptible};
 pub use domain::{Domain, DomainState};
 
 /// A daemon that does not accept a connection within this time is treated as unreachable: a healthy one takes
