@@ -267,15 +267,17 @@ fn detect_says_it_with_its_exit_code_alone() {
     lab.run("blockhost-provisioner-detect", &[]).success();
 }
 
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 15] = [
     "blockhost-build-template",
     "blockhost-provisioner-detect",
     "blockhost-vm-create",
     "blockhost-vm-destroy",
+    "blockhost-vm-gc",
     "blockhost-vm-guest-exec",
     "blockhost-vm-kill",
     "blockhost-vm-list",
     "blockhost-vm-metrics",
+    "blockhost-vm-resume",
     "blockhost-vm-start",
     "blockhost-vm-status",
     "blockhost-vm-stop",
@@ -309,7 +311,7 @@ fn every_command_explains_itself_with_an_example() {
 fn no_command_reads_stdin() {
     let lab = Lab::new(Guest::Blank);
     let plan = ["vm", "--owner-wallet", WALLET, "--mock"];
-    let runs: [(&str, &[&str], i32); 10] = [
+    let runs: [(&str, &[&str], i32); 12] = [
         ("blockhost-vm-create", &plan, 0),
         ("blockhost-vm-destroy", &["vm"], 0),
         ("blockhost-vm-start", &["vm"], 1),
@@ -320,6 +322,8 @@ fn no_command_reads_stdin() {
         ("blockhost-vm-guest-exec", &["vm", "cat"], 1),
         ("blockhost-vm-update-gecos", &["vm", WALLET, "--nft-id", "7"], 1),
         ("blockhost-provisioner-detect", &[], 0),
+        ("blockhost-vm-gc", &[], 0),
+        ("blockhost-vm-resume", &["vm"], 1),
     ];
     for (program, arguments, code) in runs {
         let run = |stdin: Stdio| {

@@ -471,6 +471,11 @@ impl Parked {
         fs::write(&self.gate, "").unwrap();
         self.child
     }
+
+    /// Leaves it where it waits.
+    pub fn abandon(self) -> Child {
+        self.child
+    }
 }
 
 #[track_caller]

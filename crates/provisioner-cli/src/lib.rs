@@ -21,6 +21,7 @@ use provisioner_core::progress::Progress;
 use provisioner_core::settings::Settings;
 use tracing_subscriber::EnvFilter;
 
+pub use output::Format;
 pub use progress::{Plain, StderrProgress};
 
 /// libvirt's URI must be named: a client that is not root otherwise lands in `qemu:///session`.
@@ -206,6 +207,15 @@ fn usage(error: &clap::Error) -> String {
 #[must_use]
 pub fn uri() -> String {
     variable("BLOCKHOST_LIBVIRT_URI").unwrap_or_else(|| DEFAULT_URI.to_owned())
+}
+
+/// The program called `name` in the caller's `$PATH`, as this suite's own commands are found.
+#[must_use]
+pub fn find_in_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    // A relative entry would depend on where one stands.
+    let mut files = std::env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join(name));
+    files.find(|file| nix::unistd::access(file, nix::unistd::AccessFlags::X_OK).is_ok() && file.is_file())
 }
 
 fn variable(name: &str) -> Option<String> {

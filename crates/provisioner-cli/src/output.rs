@@ -2,6 +2,17 @@
 
 use std::io::{self, Write as _};
 
+use clap::ValueEnum;
+
+/// How a command prints its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Lines, for people.
+    Text,
+    /// One JSON value, for programs.
+    Json,
+}
+
 /// Writes lines to stdout and flushes it.
 ///
 /// # Errors

@@ -2,12 +2,14 @@
 //! codes. No input or output happens here.
 
 pub mod exit;
+pub mod gc;
 pub mod metrics;
 pub mod names;
 pub mod record;
 pub mod result;
 pub mod timestamp;
 
+pub use gc::{GcEntry, GcKept, GcOutcome, GcPhase, GcReport};
 pub use metrics::{Metrics, MetricsState};
 pub use names::{InvalidName, LoginName, NftId, VmName, WalletAddress};
 pub use record::{InvalidRecord, NewRecord, Record, RecordStatus};
@@ -19,6 +21,7 @@ pub use timestamp::{InvalidTimestamp, Timestamp};
 pub fn schemas() -> Vec<(&'static str, serde_json::Value)> {
     vec![
         ("CreateResult", schemars::schema_for!(CreateResult).to_value()),
+        ("GcReport", schemars::schema_for!(GcReport).to_value()),
         ("ListRow", schemars::schema_for!(ListRow).to_value()),
         ("Metrics", schemars::schema_for!(Metrics).to_value()),
         ("Record", schemars::schema_for!(Record).to_value()),

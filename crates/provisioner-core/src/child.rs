@@ -96,11 +96,45 @@ pub trait CommandExt {
     /// # Errors
     /// As [`CommandExt::run`].
     fn run_watched(&mut self, what: &str, cancel: &Cancel, line: &mut dyn FnMut(&str)) -> Result<Vec<u8>>;
+
+    /// The same as [`CommandExt::run`], for at most `limit`.
+    ///
+    /// # Errors
+    /// As [`CommandExt::run`], and [`ErrorKind::TimedOut`] after `limit`; it has then been killed.
+    fn run_within(&mut self, what: &str, limit: Duration, cancel: &Cancel) -> Result<Vec<u8>>;
 }
 
 impl CommandExt for Command {
     fn run_watched(&mut self, what: &str, cancel: &Cancel, line: &mut dyn FnMut(&str)) -> Result<Vec<u8>> {
-        cancel.check()?;
+        self.run_checked(what, &|| cancel.check(), line)
+    }
+
+    fn run_within(&mut self, what: &str, limit: Duration, cancel: &Cancel) -> Result<Vec<u8>> {
+        let deadline = Instant::now() + limit;
+        let late = || Error::new(ErrorKind::TimedOut, format!("{what}: it did not end within {} s", limit.as_secs()));
+        let check = || cancel.check().and_then(|()| if Instant::now() < deadline { Ok(()) } else { Err(late()) });
+        self.run_checked(what, &check, &mut |_| {})
+    }
+}
+
+trait RunChecked {
+    /// Runs the command for as long as `check` has nothing against it.
+    fn run_checked(
+        &mut self,
+        what: &str,
+        check: &dyn Fn() -> Result<()>,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<Vec<u8>>;
+}
+
+impl RunChecked for Command {
+    fn run_checked(
+        &mut self,
+        what: &str,
+        check: &dyn Fn() -> Result<()>,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<Vec<u8>> {
+        check()?;
         self.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         self.env("PATH", SEARCH_PATH).env("LC_ALL", "C.UTF-8").env_remove("LANGUAGE");
         tracing::debug!(command = ?self, "run");
@@ -133,7 +167,7 @@ impl CommandExt for Command {
         let mut pause = Duration::from_millis(1);
         let mut deadline = None;
         loop {
-            cancel.check()?;
+            check()?;
             match lines.recv_timeout(pause) {
                 Ok(text) => take(text),
                 Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(Duration::from_millis(50)),
@@ -328,6 +362,21 @@ mod tests {
             std::fs::read_to_string(&stat).map_or(true, |text| text.contains(") Z"))
         });
         assert!(gone);
+    }
+
+    #[test]
+    fn what_takes_too_long_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("late");
+        let started = Instant::now();
+        let error = sh(&format!("sleep 3; touch {}", file.display()))
+            .run_within("cannot try", Duration::from_millis(200), &Cancel::default())
+            .unwrap_err();
+        assert_eq!((error.kind, started.elapsed() < Duration::from_secs(3)), (ErrorKind::TimedOut, true));
+        thread::sleep(Duration::from_millis(3300).saturating_sub(started.elapsed()));
+        assert!(!file.exists());
+        let output = sh("echo out").run_within("cannot try", Duration::from_secs(60), &Cancel::default()).unwrap();
+        assert_eq!(output, b"out\n");
     }
 
     #[test]

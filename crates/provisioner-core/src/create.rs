@@ -46,7 +46,7 @@ const POOL_RESERVE: u64 = 256 << 20;
 
 /// The largest of each size that is not taken for a slip of the finger, where the host itself sets no limit.
 const MAX_DISK_GIB: u64 = 64 * 1024;
-const MAX_EXPIRY_DAYS: u32 = 36_500;
+pub(crate) const MAX_EXPIRY_DAYS: u32 = 36_500;
 /// A Debian guest does not get through its boot with less.
 const MIN_MEMORY_MIB: u64 = 128;
 

@@ -46,27 +46,60 @@ pub enum Destroyed {
 pub fn destroy(host: &Host, name: &VmName) -> Result<Destroyed> {
     let lock = VmLock::acquire(&host.dirs, name, LOCK_WAIT, &host.cancel, &host.command)?;
     recovery::recover(host, name, &lock)?;
+    let destroyed = under_lock(host, name, &lock, None)?;
+    Ok(destroyed.unwrap_or(Destroyed::Nothing))
+}
+
+/// The same for a caller that holds the VM's lock and has recovered it. `wanted` is asked about the record under the
+/// database's lock, with which the journal is written, the point of no return: so whoever changes the record in time
+/// calls the destroy off, which is `None`.
+pub(crate) fn under_lock(
+    host: &Host,
+    name: &VmName,
+    _lock: &VmLock,
+    wanted: Option<&dyn Fn(&Record) -> bool>,
+) -> Result<Option<Destroyed>> {
     let connection = host.connect()?;
     let record = host.database().read()?.record(name)?;
-    let own = match connection.domain(name)? {
-        Some(domain) => Some(ownership::require_own(host, name, domain, record.as_ref())?),
-        None => None,
-    };
+    let own = ownership::find(host, &connection, name, record.as_ref())?;
     failpoint::hit("destroy.begin")?;
     if own.is_none() && record.is_none() {
         // Whatever carries the name of a VM that never was is somebody else's.
         removal::files(host, name)?;
-        return Ok(Destroyed::Nothing);
+        return Ok(Some(Destroyed::Nothing));
     }
     let pool = connection.pool(&host.settings.storage_pool)?;
     let volumes = volumes(host, &connection, &pool, name, own.as_ref().map(|own| &own.facts))?;
     let live = record.filter(Record::is_live);
     if own.is_none() && live.is_none() && volumes.is_empty() {
         removal::files(host, name)?;
-        return Ok(Destroyed::Nothing);
+        return Ok(Some(Destroyed::Nothing));
     }
     let journal = intent(host, name, own.as_ref(), live.as_ref(), volumes)?;
     host.cancel.check()?;
+    let Some(wanted) = wanted else {
+        begin(host, &journal)?;
+        return conclude(host, &connection, &journal);
+    };
+    let begun = host.database().update(|document| {
+        let wanted = document.record(name)?.is_some_and(|record| wanted(&record));
+        if wanted {
+            begin(host, &journal)?;
+        }
+        Ok(wanted)
+    })?;
+    if begun { conclude(host, &connection, &journal) } else { Ok(None) }
+}
+
+fn conclude(host: &Host, connection: &Connection, journal: &Journal) -> Result<Option<Destroyed>> {
+    failpoint::hit("destroy.journal")?;
+    finish_with(host, connection, journal)?;
+    Ok(Some(Destroyed::Removed))
+}
+
+/// Writes the journal: from here on the destroy is finished by whoever comes next.
+fn begin(host: &Host, journal: &Journal) -> Result<()> {
+    let name = &journal.vm_name;
     match journal.store(&host.dirs) {
         // A full disk is a reason to destroy a VM, and no reason to refuse it. Should this die before its end, the record
         // still holds the addresses, and destroying again finds what is left.
@@ -80,9 +113,7 @@ pub fn destroy(host: &Host, name: &VmName) -> Result<Destroyed> {
         }
         Ok(()) => {}
     }
-    failpoint::hit("destroy.journal")?;
-    finish_with(host, &connection, &journal)?;
-    Ok(Destroyed::Removed)
+    Ok(())
 }
 
 fn intent(

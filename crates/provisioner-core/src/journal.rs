@@ -1,4 +1,4 @@
-//! The intent journal: one small file per VM that a create or destroy is working on, written before each effect. After
+//! The intent journal: one small file per VM that a create, destroy or suspension is working on, written before each effect. After
 //! a crash it says what may exist. It is removed when nothing is left to do.
 
 use std::collections::BTreeSet;
@@ -25,6 +25,8 @@ pub enum Operation {
     Create,
     /// To be finished.
     Destroy,
+    /// To be finished: the VM has been told to shut down and would be off without being recorded as suspended.
+    Suspend,
 }
 
 /// A volume by the names libvirt knows it by.

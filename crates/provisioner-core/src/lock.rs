@@ -101,6 +101,28 @@ impl VmLock {
         }
     }
 
+    /// Removes the files of locks that nobody holds, which killed commands leave. They are in nobody's way.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the directory is there and cannot be read.
+    pub fn sweep(dirs: &Directories, command: &str) -> Result<()> {
+        let dir = dirs.locks();
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == Io::NotFound => return Ok(()),
+            Err(e) => return Err(Error::io("read directory", &dir, e)),
+        };
+        for entry in entries.flatten() {
+            let file = entry.file_name();
+            let stem = file.to_str().and_then(|file| file.strip_suffix(".lock"));
+            if let Some(Ok(name)) = stem.map(VmName::new) {
+                // Taken and let go, it is removed.
+                let _ = Self::try_acquire(dirs, &name, command);
+            }
+        }
+        Ok(())
+    }
+
     /// Who the lock's file says holds it. Stale when nobody does.
     #[must_use]
     pub fn holder(dirs: &Directories, name: &VmName) -> Option<Holder> {

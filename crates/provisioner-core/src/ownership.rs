@@ -6,8 +6,8 @@ use std::path::Path;
 use provisioner_contract::{Record, VmName};
 
 use crate::host::Host;
-use crate::libvirt::Domain;
 use crate::libvirt::domain_xml::Facts;
+use crate::libvirt::{Connection, Domain};
 use crate::{Error, ErrorKind, Result};
 
 /// A domain of ours and what its description says.
@@ -17,6 +17,14 @@ pub struct OwnDomain {
     pub domain: Domain,
     /// What its description says.
     pub facts: Facts,
+}
+
+/// The domain of the VM, or `None` when libvirt says that there is none.
+///
+/// # Errors
+/// When libvirt cannot be asked; [`ErrorKind::Conflict`] when the domain of that name is somebody else's.
+pub fn find(host: &Host, connection: &Connection, name: &VmName, record: Option<&Record>) -> Result<Option<OwnDomain>> {
+    connection.domain(name)?.map(|domain| require_own(host, name, domain, record)).transpose()
 }
 
 /// Decides whether `domain` is ours.

@@ -23,23 +23,42 @@ const PRESS_LIMIT: Duration = Duration::from_secs(5);
 /// Letting vCPUs run again takes milliseconds, unless QEMU hangs.
 const UNPAUSE_LIMIT: Duration = Duration::from_secs(15);
 
+/// The lock of a VM that is about to be changed.
+pub(crate) struct Held {
+    name: VmName,
+    samples: Store,
+    lock: VmLock,
+}
+
+impl Held {
+    /// Waits up to `wait` for the lock of `name`.
+    ///
+    /// # Errors
+    /// Those of [`VmLock::acquire`].
+    pub(crate) fn acquire(host: &Host, name: &VmName, wait: Duration) -> Result<Self> {
+        let lock = VmLock::acquire(&host.dirs, name, wait, &host.cancel, &host.command)?;
+        Ok(Self { name: name.clone(), samples: Store::new(&host.dirs.state), lock })
+    }
+
+    pub(crate) fn lock(&self) -> &VmLock {
+        &self.lock
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Whatever was done to the VM, the shared sample of its metrics does not know it yet. It is only a cache.
+        if let Err(error) = self.samples.invalidate(&self.name, false) {
+            tracing::debug!("cannot invalidate the sample: {error}");
+        }
+    }
+}
+
 /// One VM under its lock, after what a dead command left of it was cleared.
 pub(crate) struct Locked {
     pub(crate) own: OwnDomain,
     record: Option<Record>,
-    samples: Store,
-    _lock: VmLock,
-}
-
-impl Drop for Locked {
-    fn drop(&mut self) {
-        // Whatever was done to the VM, the shared sample of its metrics does not know it yet. It is only a cache.
-        if let Ok(name) = VmName::new(self.own.domain.name())
-            && let Err(error) = self.samples.invalidate(&name, false)
-        {
-            tracing::debug!("cannot invalidate the sample: {error}");
-        }
-    }
+    _held: Held,
 }
 
 /// Takes the VM's lock, clears what a dead command left of it, and looks it up. With `regardless` a journal that cannot be
@@ -48,15 +67,15 @@ impl Drop for Locked {
 /// # Errors
 /// `Busy` when another command keeps the lock, and those of [`look_up`].
 pub(crate) fn open(host: &Host, name: &VmName, regardless: bool) -> Result<Locked> {
-    let lock = VmLock::acquire(&host.dirs, name, LOCK_WAIT, &host.cancel, &host.command)?;
-    match recovery::recover(host, name, &lock) {
+    let held = Held::acquire(host, name, LOCK_WAIT)?;
+    match recovery::recover(host, name, held.lock()) {
         Err(error) if regardless && error.kind == ErrorKind::Invalid => {
             host.progress.warn(&format!("what a dead command left of {name} is not cleared: {}", error.in_full()));
         }
         outcome => outcome?,
     }
     let (own, record) = look_up(host, name)?;
-    Ok(Locked { own, record, samples: Store::new(&host.dirs.state), _lock: lock })
+    Ok(Locked { own, record, _held: held })
 }
 
 /// The VM with its record, without a lock: enough for what changes nothing.
@@ -92,11 +111,15 @@ pub fn start(host: &Host, name: &VmName) -> Result<()> {
             .warn(&format!("{name} has expired: the next blockhost-vm-gc suspends it again unless it is renewed"));
     }
     bring_up(host, &vm.own.domain)?;
-    restore_route(host, &vm);
+    restore_route(host, &vm.own, vm.record.as_ref());
     Ok(())
 }
 
-fn bring_up(host: &Host, domain: &Domain) -> Result<()> {
+/// Makes the domain run, whatever it is doing.
+///
+/// # Errors
+/// When libvirt refuses.
+pub(crate) fn bring_up(host: &Host, domain: &Domain) -> Result<()> {
     let name = domain.name();
     match domain.state()? {
         Some(DomainState::Running | DomainState::ShuttingDown) => return Ok(()),
@@ -120,11 +143,11 @@ fn bring_up(host: &Host, domain: &Domain) -> Result<()> {
     }
 }
 
-fn restore_route(host: &Host, vm: &Locked) {
-    let facts = &vm.own.facts;
-    let metadata = facts.metadata.as_ref().and_then(|m| m.ipv6);
-    let Some(address) = vm.record.as_ref().and_then(Record::ipv6).or(metadata) else { return };
-    let mac = facts.macs.first().and_then(|mac| parse_mac(mac));
+/// Restores what the host knows of the VM's IPv6 address. Without it the VM still works over IPv4, so a failure is a warning.
+pub(crate) fn restore_route(host: &Host, own: &OwnDomain, record: Option<&Record>) {
+    let metadata = own.facts.metadata.as_ref().and_then(|m| m.ipv6);
+    let Some(address) = record.and_then(Record::ipv6).or(metadata) else { return };
+    let mac = own.facts.macs.first().and_then(|mac| parse_mac(mac));
     host.ensure_reachable(&host.settings.bridge, address, mac);
 }
 
@@ -134,9 +157,17 @@ fn restore_route(host: &Host, vm: &Locked) {
 /// `TimedOut` when it still runs at the end; when there is no such VM or libvirt refuses.
 pub fn stop(host: &Host, name: &VmName) -> Result<()> {
     let deadline = Instant::now() + STOP_LIMIT;
-    let left = |most: Duration| most.min(deadline.saturating_duration_since(Instant::now()));
     let vm = open(host, name, true)?;
-    let domain = &vm.own.domain;
+    shut_down(host, &vm.own.domain, STOP_LIMIT, deadline)
+}
+
+/// Shuts the domain down and waits until it is off, or the `deadline`, before which the caller has spent a part of `limit`.
+///
+/// # Errors
+/// `TimedOut` when it still runs at the end, or when libvirt refuses.
+pub(crate) fn shut_down(host: &Host, domain: &Domain, limit: Duration, deadline: Instant) -> Result<()> {
+    let name = domain.name();
+    let left = |most: Duration| most.min(deadline.saturating_duration_since(Instant::now()));
     if !domain.is_active()? {
         return Ok(());
     }
@@ -153,7 +184,7 @@ pub fn stop(host: &Host, name: &VmName) -> Result<()> {
     let mut presses = 0_u32;
     while domain.is_active()? {
         if left(PRESS_LIMIT).is_zero() {
-            let what = format!("{name} still runs {} s after it was to be stopped", STOP_LIMIT.as_secs());
+            let what = format!("{name} still runs {} s after it was to be stopped", limit.as_secs());
             let error =
                 Error::new(ErrorKind::TimedOut, what).hint(format!("blockhost-vm-kill {name} takes its power away"));
             return Err(match refused {

@@ -6,18 +6,14 @@ use provisioner_contract::VmName;
 use crate::host::Host;
 use crate::journal::{Journal, Operation};
 use crate::lock::{ProvisioningLock, VmLock};
-use crate::{Error, Result, create, destroy, durable};
+use crate::{Error, Result, create, destroy, durable, gc};
 
-/// Undoes a create, or finishes a destroy, that died on `name`. The caller holds the VM's lock.
+/// Undoes a create, or finishes a destroy or suspension, that died on `name`. The caller holds the VM's lock.
 ///
 /// # Errors
 /// When that cannot be done now; the journal stays for the next try.
 pub fn recover(host: &Host, name: &VmName, _lock: &VmLock) -> Result<()> {
-    // The run directory may be read-only, which must not keep a VM from being worked on.
-    if let Err(error) = ProvisioningLock::sweep(&host.dirs) {
-        host.progress.warn(&format!("the sign that a create is in flight cannot be cleared: {}", error.in_full()));
-    }
-    sweep_temporaries(host);
+    sweep(host);
     let Some(journal) = Journal::load(&host.dirs, name)? else { return Ok(()) };
     host.progress
         .note(&format!("finishing what {} (PID {}) left of {name} when it died", journal.command, journal.owner.pid));
@@ -26,8 +22,14 @@ pub fn recover(host: &Host, name: &VmName, _lock: &VmLock) -> Result<()> {
     })
 }
 
-/// Removes half-written files of dead processes. They are in nobody's way, so a failure is not one of the command.
-fn sweep_temporaries(host: &Host) {
+/// Removes what dead processes left that is no VM's: the sign that a create is in flight, of which it says whether it was
+/// there, and half-written files. They are in nobody's way, so a failure is not one of the command.
+pub(crate) fn sweep(host: &Host) -> bool {
+    // The run directory may be read-only, which must not keep a VM from being worked on.
+    let swept = ProvisioningLock::sweep(&host.dirs).unwrap_or_else(|error| {
+        host.progress.warn(&format!("the sign that a create is in flight cannot be cleared: {}", error.in_full()));
+        false
+    });
     let database = host.settings.db_file.parent().map(std::path::Path::to_path_buf);
     let ours = [host.dirs.journal(), host.dirs.locks(), host.dirs.run.clone(), host.dirs.state.clone()];
     for dir in ours.into_iter().chain(database) {
@@ -35,11 +37,13 @@ fn sweep_temporaries(host: &Host) {
             tracing::debug!("cannot look for half-written files: {error}");
         }
     }
+    swept
 }
 
 fn finish(host: &Host, journal: &Journal) -> Result<()> {
     match journal.operation {
         Operation::Create => create::undo(host, journal),
         Operation::Destroy => destroy::finish(host, journal),
+        Operation::Suspend => gc::finish_suspension(host, journal),
     }
 }

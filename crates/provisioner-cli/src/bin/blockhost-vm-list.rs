@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
+use clap::Parser;
 use clap::error::ErrorKind;
-use clap::{Parser, ValueEnum};
-use provisioner_cli::{Command, output};
+use provisioner_cli::{Command, Format, output};
 use provisioner_contract::ListRow;
 use provisioner_core::query;
 
@@ -24,14 +24,6 @@ struct Arguments {
     /// How to print them.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// Tab-separated, with a head line.
-    Text,
-    /// One array of objects.
-    Json,
 }
 
 fn main() -> ExitCode {

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use provisioner_cli::limits::LimitOptions;
-use provisioner_cli::{Command, output};
+use provisioner_cli::{Command, Format, output};
 use provisioner_contract::VmName;
 use provisioner_core::limits::{InForce, Limit};
 use provisioner_core::throttle;
@@ -35,14 +35,6 @@ struct Arguments {
     /// How to print; JSON always has all limits.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// A line per limit.
-    Text,
-    /// One object.
-    Json,
 }
 
 fn main() -> ExitCode {

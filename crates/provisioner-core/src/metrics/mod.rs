@@ -59,8 +59,8 @@ const STUCK_FOR: u64 = 20 * SECOND;
 
 const SECOND: u64 = 1_000_000_000;
 
-const MEMO: &str = "memo.json";
-const AGENTS: &str = "agents.json";
+pub(crate) const MEMO: &str = "memo.json";
+pub(crate) const AGENTS: &str = "agents.json";
 
 /// One VM on its way into the sample.
 struct Vm {
