@@ -84,28 +84,36 @@ impl Way {
     }
 }
 
-/// Whether the kernel routes `address/128` to `bridge`, with no gateway between.
-fn exists(bridge: &str, address: Ipv6Addr) -> Result<bool> {
+/// The single addresses that the kernel routes to `bridge`, with no gateway between.
+///
+/// # Errors
+/// [`ErrorKind::Io`] when the kernel's table cannot be read.
+pub fn addresses(bridge: &str) -> Result<Vec<Ipv6Addr>> {
     match fs::read_to_string(TABLE) {
-        Ok(table) => Ok(routed(&table, bridge, address)),
+        Ok(table) => Ok(routes(&table, bridge).collect()),
         // A kernel without IPv6.
-        Err(error) if error.kind() == IoKind::NotFound => Ok(false),
+        Err(error) if error.kind() == IoKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(Error::io("read", Path::new(TABLE), error)),
     }
 }
 
-/// The same in the text of `/proc/net/ipv6_route`: destination and its prefix length, source and its length, next hop,
+/// Whether the kernel routes `address/128` to `bridge`, with no gateway between.
+fn exists(bridge: &str, address: Ipv6Addr) -> Result<bool> {
+    Ok(addresses(bridge)?.contains(&address))
+}
+
+/// The same from the text of `/proc/net/ipv6_route`: destination and its prefix length, source and its length, next hop,
 /// metric, two counters, flags, all in hex, and the interface.
-fn routed(table: &str, bridge: &str, address: Ipv6Addr) -> bool {
+fn routes<'a>(table: &'a str, bridge: &'a str) -> impl Iterator<Item = Ipv6Addr> + 'a {
     const UP: u32 = 0x1;
     /// Through a gateway, a reject route, a cache entry, an address of the host itself.
     const OTHER: u32 = 0x2 | 0x200 | 0x0100_0000 | 0x8000_0000;
-    let destination = format!("{:032x}", u128::from(address));
-    table.lines().any(|line| {
+    table.lines().filter_map(move |line| {
         let words: Vec<_> = line.split_ascii_whitespace().collect();
-        let [to, len, .., flags, interface] = words[..] else { return false };
+        let [to, len, .., flags, interface] = words[..] else { return None };
         let flags = u32::from_str_radix(flags, 16).unwrap_or(0);
-        to == destination && len == "80" && interface == bridge && flags & UP != 0 && flags & OTHER == 0
+        let ours = len == "80" && interface == bridge && flags & UP != 0 && flags & OTHER == 0;
+        u128::from_str_radix(to, 16).ok().filter(|_| ours).map(Ipv6Addr::from)
     })
 }
 
@@ -237,8 +245,9 @@ mod tests {
             format!("{to} {len} {zero} 00 {zero} 00000400 00000001 00000000 {flags}      {interface}\n")
         };
         let to = "fd000001000000000000000000000002";
-        let address = "fd00:1::2".parse().unwrap();
-        assert!(routed(&format!("junk\n{}", line(to, "80", "00000001", "br0")), "br0", address));
+        let address: Ipv6Addr = "fd00:1::2".parse().unwrap();
+        let routed = |table: &str| routes(table, "br0").any(|found| found == address);
+        assert!(routed(&format!("junk\n{}", line(to, "80", "00000001", "br0"))));
         for (len, flags, interface) in [
             ("40", "00000001", "br0"),
             ("80", "00000000", "br0"),
@@ -247,7 +256,7 @@ mod tests {
             ("80", "00200201", "br0"),
             ("80", "00000001", "br01"),
         ] {
-            assert!(!routed(&line(to, len, flags, interface), "br0", address), "{len} {flags} {interface}");
+            assert!(!routed(&line(to, len, flags, interface)), "{len} {flags} {interface}");
         }
     }
 }

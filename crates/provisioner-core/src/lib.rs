@@ -27,6 +27,7 @@ pub mod query;
 mod ready;
 mod recovery;
 mod removal;
+pub mod repair;
 pub mod root_agent;
 pub mod seed;
 pub mod settings;

@@ -1,0 +1,211 @@
+//! One consistent look at everything that is compared.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::ErrorKind as Io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use provisioner_contract::{Timestamp, VmName};
+
+use crate::database::Document;
+use crate::host::Host;
+use crate::journal::Journal;
+use crate::libvirt::survey::{Survey, Surveyed};
+use crate::libvirt::{Connection, bounded};
+use crate::lock::{Holder, ProvisioningLock, VmLock};
+use crate::{Error, ErrorKind, Result, host_route, ownership};
+
+/// A host with hundreds of domains is described within a second; a QEMU that hangs may hold one of them up.
+const SURVEY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How often the look is taken again because a command changed the database meanwhile.
+const TRIES: u32 = 5;
+
+/// The database, as far as it can be told.
+pub(super) enum Records {
+    Read(Document),
+    /// There is no file, and its directory is there.
+    Missing,
+    Unreadable(Error),
+}
+
+impl Records {
+    fn read(host: &Host) -> Self {
+        let database = host.database();
+        match fs::symlink_metadata(database.path()) {
+            Err(e) if e.kind() == Io::NotFound => {
+                let directory = database.path().parent().filter(|dir| !dir.as_os_str().is_empty());
+                match directory {
+                    // A file system that is not mounted looks like that.
+                    Some(dir) if !dir.is_dir() => {
+                        let what = format!("directory {} of the VM database does not exist", dir.display());
+                        Self::Unreadable(Error::new(ErrorKind::Io, what))
+                    }
+                    _ => Self::Missing,
+                }
+            }
+            _ if !database.path().is_file() => {
+                let what = format!("VM database {} is no file that can be read", database.path().display());
+                Self::Unreadable(Error::new(ErrorKind::Io, what))
+            }
+            _ => database.read().map_or_else(Self::Unreadable, Self::Read),
+        }
+    }
+
+    fn text(&self) -> Option<String> {
+        match self {
+            Self::Read(document) => Some(document.render()),
+            Self::Missing | Self::Unreadable(_) => None,
+        }
+    }
+}
+
+/// Volumes of the pool with the backing files their headers name.
+pub(super) type Volumes = Vec<(String, Option<PathBuf>)>;
+
+/// Everything, at one time.
+pub(super) struct Look {
+    pub records: Records,
+    pub survey: Survey,
+    pub volumes: Result<Volumes>,
+    pub pool_path: PathBuf,
+    /// Backing files of the pool's volumes that do not exist.
+    pub gone: BTreeSet<PathBuf>,
+    pub journals: Vec<(VmName, Result<Journal>)>,
+    /// The addresses of journals.
+    pub claims: BTreeSet<IpAddr>,
+    /// The addresses routed to the bridge.
+    pub routes: Vec<Ipv6Addr>,
+    /// VMs that commands are working on.
+    pub busy: BTreeMap<VmName, Option<Holder>>,
+    /// Whether `provisioning.lock` is there, and if so whether a create is.
+    pub creating: Option<bool>,
+    pub notes: Vec<String>,
+    pub now: Timestamp,
+}
+
+impl Look {
+    pub fn document(&self) -> Option<&Document> {
+        match &self.records {
+            Records::Read(document) => Some(document),
+            Records::Missing | Records::Unreadable(_) => None,
+        }
+    }
+
+    pub fn is_busy(&self, name: &str) -> bool {
+        self.busy.keys().any(|busy| busy.as_str() == name)
+    }
+
+    /// Whether a domain is one of BlockHost's.
+    pub fn is_own(&self, host: &Host, domain: &Surveyed) -> bool {
+        let Ok(name) = VmName::new(domain.name()) else { return false };
+        let has_record = self.document().is_some_and(|document| document.raw_record(&name).is_some());
+        ownership::is_own(&domain.facts, &name, has_record, &host.settings.storage_path)
+    }
+
+    pub fn vms(&self) -> usize {
+        match self.document() {
+            Some(document) => document.raw_records().filter(|(_, record)| Document::stands_for_a_vm(record)).count(),
+            None => self.survey.domains.iter().filter(|domain| domain.facts.metadata.is_some()).count(),
+        }
+    }
+
+    /// Why no address can be told to be nobody's now, if so.
+    pub fn unknown_holder(&self, host: &Host) -> Option<String> {
+        let Some(document) = self.document() else { return Some("the database cannot be read".into()) };
+        if let Some((name, _)) = self.journals.iter().find(|(_, journal)| journal.is_err()) {
+            return Some(format!("the journal of {name} cannot be read"));
+        }
+        if self.creating == Some(true) {
+            return Some("a create is in flight".into());
+        }
+        for (name, record) in document.raw_records().filter(|(_, record)| Document::stands_for_a_vm(record)) {
+            let told = self.survey.domain(name).is_some_and(|domain| domain.facts.metadata.is_some());
+            if !told && Document::addresses_of(record).is_none() {
+                return Some(format!("the record of {name} does not show its addresses"));
+            }
+        }
+        let nameless = self.survey.domains.iter().find(|domain| self.is_unmarked(host, domain));
+        nameless.map(|domain| format!("domain {} has neither a record nor readable metadata", domain.name()))
+    }
+
+    /// Whether a domain looks like one of ours whose record is lost and whose metadata is damaged or was never there.
+    pub fn is_unmarked(&self, host: &Host, domain: &Surveyed) -> bool {
+        let disk = host.settings.storage_path.join(format!("{}.qcow2", domain.name()));
+        !self.is_own(host, domain) && domain.facts.metadata.is_none() && domain.facts.disks.contains(&disk)
+    }
+}
+
+/// Takes it. `holding` is a VM whose lock this process has.
+///
+/// A command that ends in between has changed the database, and then the look is taken again; one that goes on holds its
+/// VM's lock, and that VM is busy.
+pub(super) fn take(host: &Host, connection: &Connection, holding: Option<&VmName>) -> Result<Look> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let mut busy = BTreeMap::new();
+        busy.extend(VmLock::held(&host.dirs)?);
+        let before = Records::read(host);
+        let mut look = once(host, connection)?;
+        busy.extend(VmLock::held(&host.dirs)?);
+        if let Some(name) = holding {
+            busy.remove(name);
+        }
+        look.busy = busy;
+        if before.text() == look.records.text() || tries == TRIES {
+            return Ok(look);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn once(host: &Host, connection: &Connection) -> Result<Look> {
+    let mut notes = Vec::new();
+    let asked = connection.clone();
+    let survey = bounded(SURVEY_LIMIT, "cannot look at the domains", move || asked.survey())??;
+    let (volumes, pool_path) = match connection.pool(&host.settings.storage_pool) {
+        Ok(pool) => {
+            // What others put there; while somebody fills a volume libvirt refuses.
+            let _ = pool.refresh();
+            (pool.backing_files(), pool.target().to_owned())
+        }
+        Err(error) => (Err(error), host.settings.storage_path.clone()),
+    };
+    let volumes = match volumes {
+        Err(error) if error.kind == ErrorKind::Unavailable => return Err(error),
+        volumes => volumes,
+    };
+    let named = volumes.iter().flatten().filter_map(|(_, backing)| backing.as_ref());
+    let bases = survey.domains.iter().flat_map(|domain| &domain.facts.bases);
+    // A file in a directory that is not for our eyes is not known to be gone.
+    let gone = named.chain(bases).filter(|path| matches!(path.try_exists(), Ok(false))).cloned().collect();
+    let routes = host_route::addresses(&host.settings.bridge).unwrap_or_else(|error| {
+        notes.push(format!("host routes were not looked at: {}", error.in_full()));
+        Vec::new()
+    });
+    let journals = Journal::list(&host.dirs)?;
+    // Last: whatever is registered by now was there when libvirt was asked, or the look is taken again.
+    let records = Records::read(host);
+    if matches!(records, Records::Missing) {
+        notes.push(format!("there is no VM database {}", host.settings.db_file.display()));
+    }
+    let claims = Journal::claims_of(&host.dirs, |_| true)?;
+    Ok(Look {
+        survey,
+        volumes,
+        pool_path,
+        gone,
+        journals,
+        claims,
+        routes,
+        busy: BTreeMap::new(),
+        creating: ProvisioningLock::look(&host.dirs),
+        notes,
+        now: Timestamp::now(),
+        records,
+    })
+}
