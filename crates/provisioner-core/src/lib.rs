@@ -8,6 +8,7 @@ pub mod child;
 pub mod create;
 pub mod database;
 pub mod destroy;
+pub mod doctor;
 pub mod durable;
 pub mod error;
 pub mod failpoint;

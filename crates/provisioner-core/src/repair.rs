@@ -182,10 +182,10 @@ impl Report {
     }
 }
 
-fn report(look: &look::Look, findings: Vec<Finding>, repaired: Vec<Finding>) -> Report {
+fn report(host: &Host, look: &look::Look, findings: Vec<Finding>, repaired: Vec<Finding>) -> Report {
     Report {
         healthy: findings.is_empty(),
-        vms: look.vms(),
+        vms: look.vms(host),
         findings,
         repaired,
         busy: look.busy.iter().map(|(vm, holder)| Busy::new(vm, holder.as_ref())).collect(),
@@ -201,7 +201,7 @@ pub fn check(host: &Host) -> Result<Report> {
     host.progress.phase("comparing the database with libvirt and the host");
     let look = look::take(host, &host.connect()?, None)?;
     let findings = compare::findings(host, &look);
-    Ok(report(&look, findings, Vec::new()))
+    Ok(report(host, &look, findings, Vec::new()))
 }
 
 /// Mends what can be mended without destroying anything, and reports what is left.
@@ -213,17 +213,23 @@ pub fn apply(host: &Host) -> Result<Report> {
     let connection = host.connect()?;
     let mut repaired = Vec::new();
     let mut failed: Vec<(Finding, Error)> = Vec::new();
-    // What a dead command has left comes first: it decides what else is wrong. And a record that is back may show what else
-    // its VM lacks.
-    for pass in 0..PASSES {
+    let mut passes = 0;
+    let (look, mut findings) = loop {
         host.progress.phase("comparing the database with libvirt and the host");
         let look = look::take(host, &connection, None)?;
         let findings = compare::findings(host, &look);
-        let mut wanted: Vec<_> = findings
-            .into_iter()
-            .filter(|finding| finding.mend.as_ref().is_some_and(|mend| matches!(mend, Mend::Recover) == (pass == 0)))
-            .filter(|finding| !failed.iter().any(|(failed, _)| failed.is(finding)))
-            .collect();
+        let is_new =
+            |finding: &&Finding| finding.mend.is_some() && !failed.iter().any(|(failed, _)| failed.is(finding));
+        let mut wanted: Vec<_> = findings.iter().filter(is_new).cloned().collect();
+        // What a dead command has left comes first: it decides what else is wrong. And a record that is back may show what
+        // else its VM lacks.
+        if wanted.iter().any(|finding| finding.mend == Some(Mend::Recover)) {
+            wanted.retain(|finding| finding.mend == Some(Mend::Recover));
+        }
+        if wanted.is_empty() || passes == PASSES {
+            break (look, findings);
+        }
+        passes += 1;
         while let Some(first) = wanted.first() {
             host.cancel.check()?;
             let vm = first.vm.clone();
@@ -233,16 +239,13 @@ pub fn apply(host: &Host) -> Result<Report> {
             repaired.extend(outcome.done);
             failed.extend(outcome.failed);
         }
-    }
-    host.progress.phase("looking again");
-    let look = look::take(host, &connection, None)?;
-    let mut findings = compare::findings(host, &look);
+    };
     for finding in &mut findings {
         let why = failed.iter().find(|(failed, _)| failed.is(finding));
         finding.failure = why.map(|(_, error)| plain(&error.in_full()));
     }
     repaired.retain(|done: &Finding| !findings.iter().any(|left| left.is(done)));
-    Ok(report(&look, findings, repaired))
+    Ok(report(host, &look, findings, repaired))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ pub mod domain;
 pub mod domain_xml;
 mod ffi;
 pub mod filter;
+pub mod inventory;
 pub mod kvm;
 pub mod metadata;
 pub mod stats;

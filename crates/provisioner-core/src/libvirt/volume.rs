@@ -118,6 +118,10 @@ impl Connection {
 }
 
 impl Pool {
+    pub(super) fn raw(&self) -> &StoragePool {
+        &self.pool
+    }
+
     /// The pool's name.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -99,17 +99,27 @@ impl Look {
         self.busy.keys().any(|busy| busy.as_str() == name)
     }
 
-    /// Whether a domain is one of BlockHost's.
+    /// Whether a domain is one of BlockHost's, and of this database: one without a record must have its disk in our pool.
+    /// libvirt may have VMs of another installation, with a database and a pool of its own.
     pub fn is_own(&self, host: &Host, domain: &Surveyed) -> bool {
         let Ok(name) = VmName::new(domain.name()) else { return false };
         let has_record = self.document().is_some_and(|document| document.raw_record(&name).is_some());
         ownership::is_own(&domain.facts, &name, has_record, &host.settings.storage_path)
+            && (has_record || self.is_here(host, domain))
     }
 
-    pub fn vms(&self) -> usize {
+    fn is_here(&self, host: &Host, domain: &Surveyed) -> bool {
+        let disk = format!("{}.qcow2", domain.name());
+        let facts = &domain.facts;
+        let by_path =
+            [&host.settings.storage_path, &self.pool_path].iter().any(|dir| facts.disks.contains(&dir.join(&disk)));
+        by_path || facts.volumes.contains(&(host.settings.storage_pool.clone(), disk))
+    }
+
+    pub fn vms(&self, host: &Host) -> usize {
         match self.document() {
             Some(document) => document.raw_records().filter(|(_, record)| Document::stands_for_a_vm(record)).count(),
-            None => self.survey.domains.iter().filter(|domain| domain.facts.metadata.is_some()).count(),
+            None => self.survey.domains.iter().filter(|domain| self.is_own(host, domain)).count(),
         }
     }
 
@@ -134,8 +144,7 @@ impl Look {
 
     /// Whether a domain looks like one of ours whose record is lost and whose metadata is damaged or was never there.
     pub fn is_unmarked(&self, host: &Host, domain: &Surveyed) -> bool {
-        let disk = host.settings.storage_path.join(format!("{}.qcow2", domain.name()));
-        !self.is_own(host, domain) && domain.facts.metadata.is_none() && domain.facts.disks.contains(&disk)
+        !self.is_own(host, domain) && domain.facts.metadata.is_none() && self.is_here(host, domain)
     }
 }
 
@@ -150,20 +159,23 @@ pub(super) fn take(host: &Host, connection: &Connection, holding: Option<&VmName
         let mut busy = BTreeMap::new();
         busy.extend(VmLock::held(&host.dirs)?);
         let before = Records::read(host);
-        let mut look = once(host, connection)?;
+        // A file that cannot be read was looked at for a second: enough for this look.
+        let unreadable = matches!(before, Records::Unreadable(_));
+        let text = before.text();
+        let mut look = once(host, connection, unreadable.then_some(before))?;
         busy.extend(VmLock::held(&host.dirs)?);
         if let Some(name) = holding {
             busy.remove(name);
         }
         look.busy = busy;
-        if before.text() == look.records.text() || tries == TRIES {
+        if text == look.records.text() || tries == TRIES {
             return Ok(look);
         }
         thread::sleep(Duration::from_millis(50));
     }
 }
 
-fn once(host: &Host, connection: &Connection) -> Result<Look> {
+fn once(host: &Host, connection: &Connection, records: Option<Records>) -> Result<Look> {
     let mut notes = Vec::new();
     let asked = connection.clone();
     let survey = bounded(SURVEY_LIMIT, "cannot look at the domains", move || asked.survey())??;
@@ -189,7 +201,7 @@ fn once(host: &Host, connection: &Connection) -> Result<Look> {
     });
     let journals = Journal::list(&host.dirs)?;
     // Last: whatever is registered by now was there when libvirt was asked, or the look is taken again.
-    let records = Records::read(host);
+    let records = records.unwrap_or_else(|| Records::read(host));
     if matches!(records, Records::Missing) {
         notes.push(format!("there is no VM database {}", host.settings.db_file.display()));
     }
