@@ -20,6 +20,7 @@ const EXPIRES: &str = "2098-03-04T05:06:07.000008+00:00";
 /// A VM as create leaves it, without what it takes to boot a guest: disk, metadata, filter, record, addresses.
 struct Vm {
     name: String,
+    id: String,
     ipv4: String,
     ipv6: String,
 }
@@ -27,7 +28,8 @@ struct Vm {
 impl Lab {
     fn vm(&self, name: &str, index: u8) -> Vm {
         let ipv6 = if self.ipv6() { self.address6(index) } else { String::new() };
-        let vm = Vm { name: self.name(name), ipv4: self.address(index), ipv6 };
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap().trim().to_owned();
+        let vm = Vm { name: self.name(name), id, ipv4: self.address(index), ipv6 };
         let disk = self.volume(&format!("{}.qcow2", vm.name));
         let base = self.base();
         let options = format!("backing_file={},backing_fmt=qcow2", base.display());
@@ -56,8 +58,8 @@ impl Lab {
     fn define_vm(&self, vm: &Vm, created: &str, expires: &str) {
         let ipv6 = if vm.ipv6.is_empty() { String::new() } else { format!("<b:ipv6>{}</b:ipv6>", vm.ipv6) };
         let xml = format!(
-            "<domain type='qemu'><name>{name}</name>\
-             <metadata><b:vm xmlns:b='urn:blockhost:vm:1'><b:name>{name}</b:name><b:creation-id>{name}</b:creation-id>\
+            "<domain type='qemu'><name>{name}</name><uuid>{id}</uuid>\
+             <metadata><b:vm xmlns:b='urn:blockhost:vm:1'><b:name>{name}</b:name><b:creation-id>{id}</b:creation-id>\
              <b:created-at>{created}</b:created-at><b:expires-at>{expires}</b:expires-at>\
              <b:wallet-address>{WALLET}</b:wallet-address><b:nft-token-id>7</b:nft-token-id><b:username>admin</b:username>\
              <b:network-mode>broker</b:network-mode><b:ipv4>{ipv4}</b:ipv4>{ipv6}<b:mac>52:54:00:00:00:01</b:mac>\
@@ -66,6 +68,7 @@ impl Lab {
              <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>\
              <target dev='vda' bus='virtio'/></disk></devices></domain>",
             name = vm.name,
+            id = vm.id,
             ipv4 = vm.ipv4,
             disk = self.volume(&format!("{}.qcow2", vm.name)).display(),
         );
@@ -213,7 +216,6 @@ fn what_a_stale_rewrite_has_lost_comes_back() {
     }
     // Suspended by the collection: off, and not to start with the host.
     virsh(&["autostart", "--disable", &off.name]);
-    virsh(&["undefine", &expired.name]);
     lab.define_vm(&expired, CREATED, "2026-03-05T00:00:00.000000+00:00");
     lab.edit_database(|vms| {
         vms["vms"][&off.name]["status"] = "suspended".into();

@@ -4,13 +4,14 @@
 mod access;
 mod checks;
 
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::libvirt::Connection;
+use crate::libvirt::{Connection, bounded};
 use crate::paths::Directories;
 use crate::settings::Settings;
 use crate::{Error, Result};
@@ -120,7 +121,9 @@ type Check = fn(&Context) -> Result<Verdict, Verdict>;
 /// Looks at everything at once. `uri` is libvirt's.
 #[must_use]
 pub fn examine(dirs: &Directories, uri: &str) -> Report {
-    let settings = Settings::load(dirs);
+    let files = dirs.clone();
+    let settings = bounded(LIMIT, "cannot read the settings", move || Settings::load(&files))
+        .unwrap_or_else(|late| Err(late.hint("see what the configuration's file system waits for")));
     let connection = Connection::open(uri);
     let root = nix::unistd::geteuid().is_root();
     let context = Arc::new(Context { dirs: dirs.clone(), uri: uri.to_owned(), settings, connection, root });
@@ -155,7 +158,8 @@ fn run(context: &Arc<Context>, checks: &[(&'static str, Check)], limit: Duration
                     let _ = thread.map(thread::JoinHandle::join);
                     verdict
                 }
-                Err(_) => fail(
+                Err(RecvTimeoutError::Disconnected) => fail("the check itself has failed", "report it with its name"),
+                Err(RecvTimeoutError::Timeout) => fail(
                     format!("no answer within {} s", limit.as_secs_f32()),
                     "see what hangs: ps -eo pid,stat,wchan,comm | grep ' D'",
                 ),

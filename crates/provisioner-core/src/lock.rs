@@ -393,6 +393,30 @@ mod tests {
     }
 
     #[test]
+    fn who_is_at_work_can_be_seen_without_a_trace() {
+        let host = host();
+        assert_eq!(VmLock::held(&host.dirs).unwrap(), []);
+        assert!(!host.dirs.locks().exists());
+        let held = VmLock::try_acquire(&host.dirs, &name("web1"), "blockhost-vm-stop").unwrap();
+        // Left by a killed process: nobody's.
+        fs::write(host.dirs.locks().join("web2.lock"), "{}").unwrap();
+        let seen = VmLock::held(&host.dirs).unwrap();
+        let [(vm, Some(holder))] = &seen[..] else { panic!("{seen:?}") };
+        assert_eq!((vm.as_str(), holder.command.as_str()), ("web1", "blockhost-vm-stop"));
+        drop(held);
+        assert_eq!(VmLock::held(&host.dirs).unwrap(), []);
+
+        assert_eq!(ProvisioningLock::look(&host.dirs), None);
+        let creating = ProvisioningLock::enter(&host.dirs, &Silent);
+        assert_eq!(ProvisioningLock::look(&host.dirs), Some(true));
+        drop(creating);
+        assert_eq!(ProvisioningLock::look(&host.dirs), None);
+        fs::write(file(&host.dirs), dead_pid().to_string()).unwrap();
+        assert_eq!(ProvisioningLock::look(&host.dirs), Some(false));
+        assert!(file(&host.dirs).exists());
+    }
+
+    #[test]
     fn a_stop_ends_the_wait() {
         let host = host();
         let _held = VmLock::try_acquire(&host.dirs, &name("a"), "x").unwrap();

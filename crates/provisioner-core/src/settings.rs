@@ -1149,6 +1149,9 @@ terraform_dir: /opt/x
             let all: Vec<_> = pool.candidates().take(20).collect();
             prop_assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
             prop_assert!(all.iter().all(|c| u128::from(*c) & mask6(len6) == u128::from(prefix) && *c != pool.router() && *c != prefix));
+            prop_assert!(all.iter().all(|c| pool.contains(*c)));
+            let outside = [prefix, pool.router(), Ipv6Addr::from(u128::from(prefix).wrapping_sub(1))];
+            prop_assert!(outside.iter().all(|c| !pool.contains(*c)));
         }
 
         #[test]
