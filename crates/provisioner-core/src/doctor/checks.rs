@@ -327,10 +327,12 @@ fn pool_space(context: &Context) -> Outcome {
     let free = pool.available().map_err(|e| failed(Level::Fail, &e, "virsh pool-refresh"))?;
     let remedy = "destroy VMs that are no longer needed, or enlarge its file system";
     let text = format!("{:.1} GiB are free in storage pool {:?}", free as f64 / f64::from(1 << 30), pool.name());
-    Ok(match free {
-        ..=LEAST_SPACE => fail(format!("{text}: no VM can be created"), remedy),
-        ..=LITTLE_SPACE => warn(text, remedy),
-        _ => ok(text),
+    Ok(if free <= LEAST_SPACE {
+        fail(format!("{text}: no VM can be created"), remedy)
+    } else if free <= LITTLE_SPACE {
+        warn(text, remedy)
+    } else {
+        ok(text)
     })
 }
 
@@ -446,7 +448,7 @@ fn ipv4_addresses(context: &Context) -> Outcome {
     let remedy = "destroy VMs that are no longer needed, or widen start and end of ip_pool in db.yaml";
     Ok(match free {
         0 => fail(format!("{text}: no VM can be created"), remedy),
-        ..FEW_ADDRESSES => warn(text, remedy),
+        1..FEW_ADDRESSES => warn(text, remedy),
         _ => ok(text),
     })
 }

@@ -18,6 +18,9 @@ impl std::fmt::Display for Version {
     }
 }
 
+/// The numbers of a user and its group.
+pub type UserAndGroup = (u32, u32);
+
 /// The QEMU that runs x86-64 guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Emulator {
@@ -55,7 +58,7 @@ impl Connection {
     ///
     /// # Errors
     /// When libvirt cannot be asked.
-    pub fn security(&self) -> Result<(Option<(u32, u32)>, Vec<String>)> {
+    pub fn security(&self) -> Result<(Option<UserAndGroup>, Vec<String>)> {
         let xml = self.raw().capabilities().map_err(|e| failure("cannot ask for the host's capabilities", &e))?;
         Ok(security(&xml))
     }
@@ -90,7 +93,7 @@ fn emulator(xml: &str) -> Option<Emulator> {
     Some(Emulator { path: text("path")?.into(), machine: text("machine")? })
 }
 
-fn security(xml: &str) -> (Option<(u32, u32)>, Vec<String>) {
+fn security(xml: &str) -> (Option<UserAndGroup>, Vec<String>) {
     let Ok(document) = Document::parse(xml) else { return (None, Vec::new()) };
     let host = child(document.root_element(), "host");
     let mut user = None;

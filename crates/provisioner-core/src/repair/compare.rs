@@ -233,10 +233,8 @@ impl Comparison<'_> {
                 let finding = Finding::new(Kind::DamagedRecord, Some(name), name, error.in_full());
                 let fixable = metadata.is_some_and(|metadata| mended(name, raw, &truth(metadata)).is_ok());
                 return self.add(if fixable {
-                    finding.applies(
-                        Mend::MendRecord,
-                        "puts in what the domain's metadata says, and leaves the rest as it is",
-                    )
+                    finding
+                        .applies(Mend::Types, "puts in what the domain's metadata says, and leaves the rest as it is")
                 } else {
                     finding.operator("correct it in the database, or restore it from a backup")
                 });
@@ -360,7 +358,7 @@ impl Comparison<'_> {
                         format!("puts in {known}, from the domain's metadata"),
                     ),
                 );
-            } else if !known.is_empty() && !(key == "network_mode" || key == "username") {
+            } else if !known.is_empty() && !["network_mode", "username"].contains(&key) {
                 let what = format!("its record says {recorded}, the domain's metadata {known}");
                 let hint = match key {
                     "ip_address" | "ipv6_address" => {

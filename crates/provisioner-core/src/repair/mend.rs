@@ -28,8 +28,8 @@ pub(super) enum Mend {
     Recover,
     /// Puts a lost record back.
     Restore,
-    /// Replaces what is wrong in a record.
-    MendRecord,
+    /// Replaces what has the wrong type in a record.
+    Types,
     /// Puts a missing key into a record.
     Fill(&'static str, Value),
     /// Marks a running VM as active.
@@ -155,7 +155,7 @@ fn act(host: &Host, connection: &Connection, look: &Look, vm: Option<&VmName>, m
         // Getting here with the VM's lock has done it, unless its journal is still there.
         Mend::Recover => Err(Error::new(ErrorKind::Io, "the journal is still there")),
         Mend::Restore => restore(host, own()?, look.now),
-        Mend::MendRecord => mend_record(host, own()?, named()?),
+        Mend::Types => mend_record(host, own()?, named()?),
         Mend::Fill(key, value) => fill(host, named()?, key, value),
         Mend::MarkActive => mark_active(host, own()?, named()?, look.now),
         Mend::Autostart(on) => own()?.domain.set_autostart(*on),
