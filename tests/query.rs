@@ -267,9 +267,11 @@ fn detect_says_it_with_its_exit_code_alone() {
     lab.run("blockhost-provisioner-detect", &[]).success();
 }
 
-const COMMANDS: [&str; 15] = [
+const COMMANDS: [&str; 17] = [
     "blockhost-build-template",
     "blockhost-provisioner-detect",
+    "blockhost-provisioner-doctor",
+    "blockhost-provisioner-repair",
     "blockhost-vm-create",
     "blockhost-vm-destroy",
     "blockhost-vm-gc",

@@ -4,6 +4,8 @@
 //! in, and what we write looks as if Python's `json.dump(indent=2)` had written it. One of the other writers rewrites
 //! the file in place without a lock: a text that cannot be parsed is read again, and is never taken for "empty".
 
+pub mod mending;
+
 use std::collections::HashSet;
 use std::fs;
 use std::hash::Hash;

@@ -70,6 +70,15 @@ impl Error {
     /// The message with all its causes and the first hint, in one text: for a warning, or to be kept.
     #[must_use]
     pub fn in_full(&self) -> String {
+        match self.parts() {
+            (text, Some(hint)) => format!("{text} (hint: {hint})"),
+            (text, None) => text,
+        }
+    }
+
+    /// The message with all its causes, and the first hint.
+    #[must_use]
+    pub fn parts(&self) -> (String, Option<&str>) {
         let mut text = self.message.clone();
         let mut hint = self.hint.as_deref();
         let mut next = self.source();
@@ -78,10 +87,7 @@ impl Error {
             hint = hint.or_else(|| cause.downcast_ref::<Self>()?.hint.as_deref());
             next = cause.source();
         }
-        match hint {
-            Some(hint) => format!("{text} (hint: {hint})"),
-            None => text,
-        }
+        (text, hint)
     }
 
     /// Whether the cause is a file system without room, or a quota.

@@ -66,8 +66,7 @@ impl Host {
     /// Makes sure that the host routes `address` to `bridge`, and takes no other MAC address for it than `mac`. Only warns: the
     /// VM works over IPv4 without, and a failed create loses a paid subscription.
     pub(crate) fn ensure_reachable(&self, bridge: &str, address: Ipv6Addr, mac: Option<[u8; 6]>) {
-        let way = Way::of_this_process(&self.dirs.run);
-        if let Err(error) = way.ensure(Entry::Route, bridge, address, ROUTE_LIMIT) {
+        if let Err(error) = self.ensure_entry(Entry::Route, bridge, address) {
             self.progress.warn(&format!(
                 "{address} is not reachable through this host until blockhost-vm-start has set its route: {}",
                 error.in_full()
@@ -76,12 +75,20 @@ impl Host {
             return;
         }
         let Some(mac) = mac else { return };
-        if let Err(error) = way.ensure(Entry::Neighbour(mac), bridge, address, ROUTE_LIMIT) {
+        if let Err(error) = self.ensure_entry(Entry::Neighbour(mac), bridge, address) {
             self.progress.warn(&format!(
                 "another VM could claim {address} until blockhost-vm-start has tied it to its MAC address: {}",
                 error.in_full()
             ));
         }
+    }
+
+    /// One of the two.
+    ///
+    /// # Errors
+    /// When neither the kernel nor the root agent does it.
+    pub(crate) fn ensure_entry(&self, entry: Entry, bridge: &str, address: Ipv6Addr) -> Result<()> {
+        Way::of_this_process(&self.dirs.run).ensure(entry, bridge, address, ROUTE_LIMIT)
     }
 
     /// Takes both back.

@@ -6,13 +6,15 @@
 //! agent. Both acts may be repeated. `/proc/net/ipv6_route` will not do: its text comes in pieces, and whoever reads while
 //! other routes change misses lines that were there all the time.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourHeader, NeighbourMessage, NeighbourState,
@@ -180,6 +182,65 @@ impl Entry {
     }
 }
 
+/// All that the host has for addresses of `bridge`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Entries {
+    /// The single addresses that are routed there, with no gateway between.
+    pub routes: BTreeSet<Ipv6Addr>,
+    /// The permanent neighbours, with their MAC addresses.
+    pub neighbours: BTreeMap<Ipv6Addr, [u8; 6]>,
+}
+
+impl Entries {
+    /// What there is now. A bridge that does not exist has nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the kernel cannot be asked.
+    pub fn of(bridge: &str) -> Result<Self> {
+        let Some(interface) = index(bridge)? else { return Ok(Self::default()) };
+        let mut all = Self::default();
+        let mut routes = RouteMessage::default();
+        routes.header.address_family = AddressFamily::Inet6;
+        let mut neighbours = NeighbourMessage::default();
+        neighbours.header.family = AddressFamily::Inet6;
+        for question in [RouteNetlinkMessage::GetRoute(routes), RouteNetlinkMessage::GetNeighbour(neighbours)] {
+            let answers = dump(&question).map_err(|error| {
+                Error::new(ErrorKind::Io, format!("cannot ask the kernel for what it knows of {bridge}")).because(error)
+            })?;
+            for answer in answers {
+                all.add(&answer, interface);
+            }
+        }
+        Ok(all)
+    }
+
+    fn add(&mut self, answer: &RouteNetlinkMessage, interface: u32) {
+        match answer {
+            RouteNetlinkMessage::NewRoute(route) => {
+                let to = route.attributes.iter().find_map(|attribute| match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(*to),
+                    _ => None,
+                });
+                self.routes.extend(to.filter(|to| leads_to(route, interface, *to)));
+            }
+            RouteNetlinkMessage::NewNeighbour(neighbour)
+                if neighbour.header.ifindex == interface && neighbour.header.state == NeighbourState::Permanent =>
+            {
+                let (mut address, mut mac) = (None, None);
+                for attribute in &neighbour.attributes {
+                    match attribute {
+                        NeighbourAttribute::Destination(NeighbourAddress::Inet6(to)) => address = Some(*to),
+                        NeighbourAttribute::LinkLayerAddress(bytes) => mac = <[u8; 6]>::try_from(&bytes[..]).ok(),
+                        _ => {}
+                    }
+                }
+                self.neighbours.extend(address.zip(mac));
+            }
+            _ => {}
+        }
+    }
+}
+
 /// A MAC address as everybody writes it.
 #[must_use]
 pub fn mac_text(mac: [u8; 6]) -> String {
@@ -236,11 +297,52 @@ fn neighbour_message(address: Ipv6Addr, interface: u32, mac: Option<[u8; 6]>) ->
     message
 }
 
+/// All answers to a question. Asked again when what it is about has changed meanwhile, which the kernel says.
+fn dump(question: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    /// Where others never stop changing things, the last answer is as good as the next.
+    const TRIES: u32 = 20;
+    let mut tries = 0;
+    loop {
+        let socket = send(question.clone(), NLM_F_DUMP)?;
+        let (mut answers, mut changed, mut ended) = (Vec::new(), false, false);
+        while !ended {
+            let (bytes, _) = socket.recv_from_full()?;
+            let mut rest = &bytes[..];
+            while !rest.is_empty() && !ended {
+                let part = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+                changed |= part.header.flags & NLM_F_DUMP_INTR != 0;
+                let length = (part.header.length as usize).next_multiple_of(4);
+                match part.payload {
+                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    _ => ended = true,
+                }
+                rest = rest.get(length..).unwrap_or_default();
+            }
+        }
+        tries += 1;
+        if !changed || tries == TRIES {
+            return Ok(answers);
+        }
+    }
+}
+
 /// Sends one message and returns what the kernel answers, `None` for a bare acknowledgement. The kernel answers at once.
 fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
-    let mut header = NetlinkHeader::default();
     let asks = matches!(message, RouteNetlinkMessage::GetRoute(_) | RouteNetlinkMessage::GetNeighbour(_));
-    header.flags = NLM_F_REQUEST | flags | if asks { 0 } else { NLM_F_ACK };
+    let socket = send(message, flags | if asks { 0 } else { NLM_F_ACK })?;
+    let (answer, _) = socket.recv_from_full()?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?.payload {
+        NetlinkPayload::InnerMessage(answer) => Ok(Some(answer)),
+        NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+        _ => Ok(None),
+    }
+}
+
+/// Sends one message, on a socket of its own.
+fn send(message: RouteNetlinkMessage, flags: u16) -> io::Result<Socket> {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
     let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(message));
     packet.finalize();
     let mut bytes = vec![0; packet.buffer_len()];
@@ -249,12 +351,7 @@ fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteN
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     socket.send(&bytes, 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?.payload {
-        NetlinkPayload::InnerMessage(answer) => Ok(Some(answer)),
-        NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
-        _ => Ok(None),
-    }
+    Ok(socket)
 }
 
 /// The kernel's number of an interface, `None` without one of that name.
@@ -316,6 +413,8 @@ mod tests {
         for _ in 0..2 {
             way.ensure(Entry::Route, "br0", address, LIMIT).unwrap();
             assert_eq!(shown("fd00:1::2"), ["fd00:1::2 dev br0"]);
+            assert_eq!(Entries::of("br0").unwrap().routes, [address].into());
+            assert_eq!(Entries::of("br1").unwrap(), Entries::default());
         }
         way.remove(Entry::Route, "br1", address, LIMIT).unwrap();
         assert_eq!(shown("fd00:1::2"), ["fd00:1::2 dev br0"]);
@@ -402,6 +501,7 @@ mod tests {
         let mut seen = 0;
         while !changing.is_finished() {
             assert!(Entry::Route.exists("br0", stays, true).unwrap(), "missed after {seen} looks");
+            assert!(Entries::of("br0").unwrap().routes.contains(&stays), "missed after {seen} looks at all");
             seen += 1;
         }
         changing.join().unwrap();
@@ -424,6 +524,8 @@ mod tests {
         for (mac, text) in [(MAC, "52:54:00:01:02:03"), (MAC, "52:54:00:01:02:03"), (other, "52:54:00:01:02:04")] {
             Way::Direct.ensure(Entry::Neighbour(mac), "br0", address, LIMIT).unwrap();
             assert_eq!(neighbours(), format!("fd00:1::2 lladdr {text} PERMANENT"));
+            let all = Entries::of("br0").unwrap();
+            assert_eq!((all.routes, all.neighbours), ([].into(), [(address, mac)].into()));
         }
         assert!(!Entry::Neighbour(MAC).exists("br0", address, true).unwrap());
         for _ in 0..2 {

@@ -153,9 +153,17 @@ impl Journal {
     /// # Errors
     /// [`ErrorKind::Io`] when the directory or a file is there and cannot be read.
     pub fn claims(dirs: &Directories, except: &VmName) -> Result<BTreeSet<IpAddr>> {
+        Self::claims_of(dirs, |name| name != except)
+    }
+
+    /// The same for the journals of `whose` VMs.
+    ///
+    /// # Errors
+    /// Those of [`Journal::claims`].
+    pub fn claims_of(dirs: &Directories, whose: impl Fn(&VmName) -> bool) -> Result<BTreeSet<IpAddr>> {
         let mut claims = BTreeSet::new();
         for (name, journal) in Self::list(dirs)? {
-            if name == *except {
+            if !whose(&name) {
                 continue;
             }
             match journal {

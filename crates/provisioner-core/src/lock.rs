@@ -129,6 +129,39 @@ impl VmLock {
         serde_json::from_slice(&fs::read(Self::path(dirs, name)).ok()?).ok()
     }
 
+    /// The VMs that are being worked on now, with what their locks' files say about who does. Takes and makes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the directory is there and cannot be read.
+    pub fn held(dirs: &Directories) -> Result<Vec<(VmName, Option<Holder>)>> {
+        let dir = dirs.locks();
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == Io::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(Error::io("read directory", &dir, e)),
+        };
+        let mut held = Vec::new();
+        for entry in entries {
+            let file = entry.map_err(|e| Error::io("read directory", &dir, e))?.file_name();
+            let Some(name) = file.to_str().and_then(|f| f.strip_suffix(".lock")).and_then(|n| VmName::new(n).ok())
+            else {
+                continue;
+            };
+            let free = match File::open(Self::path(dirs, &name)) {
+                Ok(file) => file.try_lock_shared().is_ok(),
+                Err(e) if e.kind() == Io::NotFound => true,
+                // Another user's, which is gone when it is not held.
+                Err(_) => false,
+            };
+            if !free {
+                let holder = Self::holder(dirs, &name);
+                held.push((name, holder));
+            }
+        }
+        held.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(held)
+    }
+
     fn path(dirs: &Directories, name: &VmName) -> PathBuf {
         dirs.locks().join(format!("{name}.lock"))
     }
@@ -203,6 +236,20 @@ impl ProvisioningLock {
             progress.warn(&format!("engines may not see this create: {warning}"));
         }
         Self { dirs: dirs.clone(), entry }
+    }
+
+    /// Whether a create is in flight, of this implementation or another; `None` when nothing says so. Changes nothing.
+    #[must_use]
+    pub fn look(dirs: &Directories) -> Option<bool> {
+        let text = fs::read_to_string(file(dirs));
+        if text.as_ref().is_err_and(|e| e.kind() == Io::NotFound) {
+            return None;
+        }
+        let bytes = fs::read(registry(dirs)).unwrap_or_default();
+        let list: Vec<InFlight> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let named = text.ok().and_then(|text| text.trim().parse().ok());
+        let foreign = named.is_some_and(|pid| owner::runs_program(pid, CREATE_COMMAND));
+        Some(foreign || list.iter().any(|entry| entry.process.is_alive()))
     }
 
     /// Removes what creates that were killed left in the run directory and the registry. Says whether a file went.
@@ -365,6 +412,30 @@ mod tests {
         drop(held);
         assert!(VmLock::try_acquire(&host.dirs, &name("web1"), "x").unwrap().is_some());
         assert_eq!(fs::read_dir(host.dirs.locks()).unwrap().count(), 0, "no lock file stays behind");
+    }
+
+    #[test]
+    fn who_is_at_work_can_be_seen_without_a_trace() {
+        let host = host();
+        assert_eq!(VmLock::held(&host.dirs).unwrap(), []);
+        assert!(!host.dirs.locks().exists());
+        let held = VmLock::try_acquire(&host.dirs, &name("web1"), "blockhost-vm-stop").unwrap();
+        // Left by a killed process: nobody's.
+        fs::write(host.dirs.locks().join("web2.lock"), "{}").unwrap();
+        let seen = VmLock::held(&host.dirs).unwrap();
+        let [(vm, Some(holder))] = &seen[..] else { panic!("{seen:?}") };
+        assert_eq!((vm.as_str(), holder.command.as_str()), ("web1", "blockhost-vm-stop"));
+        drop(held);
+        assert_eq!(VmLock::held(&host.dirs).unwrap(), []);
+
+        assert_eq!(ProvisioningLock::look(&host.dirs), None);
+        let creating = ProvisioningLock::enter(&host.dirs, &Silent);
+        assert_eq!(ProvisioningLock::look(&host.dirs), Some(true));
+        drop(creating);
+        assert_eq!(ProvisioningLock::look(&host.dirs), None);
+        fs::write(file(&host.dirs), dead_pid().to_string()).unwrap();
+        assert_eq!(ProvisioningLock::look(&host.dirs), Some(false));
+        assert!(file(&host.dirs).exists());
     }
 
     #[test]

@@ -40,7 +40,8 @@ pub fn require_own(host: &Host, name: &VmName, domain: Domain, record: Option<&R
         .hint("it has neither BlockHost's metadata nor a record in the database with its disk; nothing was touched"))
 }
 
-fn is_own(facts: &Facts, name: &VmName, has_record: bool, storage_path: &Path) -> bool {
+/// Whether a domain with these `facts` is ours, as [`require_own`] decides it.
+pub(crate) fn is_own(facts: &Facts, name: &VmName, has_record: bool, storage_path: &Path) -> bool {
     if let Some(metadata) = &facts.metadata {
         return metadata.name == *name;
     }

@@ -114,6 +114,16 @@ impl Ipv6Pool {
         Ipv6Addr::from(u128::from(self.prefix).wrapping_add(1))
     }
 
+    /// Whether `address` is one of [`Self::candidates`].
+    #[must_use]
+    pub fn contains(&self, address: Ipv6Addr) -> bool {
+        let offset = u128::from(address).checked_sub(u128::from(self.prefix));
+        let in_range = offset.is_some_and(|i| u128::from(self.start) <= i && i <= u128::from(self.end) && i != 0);
+        let mask = mask6(self.prefix_len);
+        let inside = u128::from(address) & mask == u128::from(self.prefix) & mask;
+        in_range && inside && address != self.router() && Some(address) != self.gateway
+    }
+
     /// The addresses in the order they are given out: inside the prefix, without its base, the router and the gateway.
     pub fn candidates(&self) -> impl Iterator<Item = Ipv6Addr> + '_ {
         let base = u128::from(self.prefix);
@@ -1139,6 +1149,9 @@ terraform_dir: /opt/x
             let all: Vec<_> = pool.candidates().take(20).collect();
             prop_assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
             prop_assert!(all.iter().all(|c| u128::from(*c) & mask6(len6) == u128::from(prefix) && *c != pool.router() && *c != prefix));
+            prop_assert!(all.iter().all(|c| pool.contains(*c)));
+            let outside = [prefix, pool.router(), Ipv6Addr::from(u128::from(prefix).wrapping_sub(1))];
+            prop_assert!(outside.iter().all(|c| !pool.contains(*c)));
         }
 
         #[test]

@@ -7,13 +7,15 @@ pub mod domain;
 pub mod domain_xml;
 mod ffi;
 pub mod filter;
+pub mod inventory;
 pub mod kvm;
 pub mod metadata;
 pub mod stats;
+pub mod survey;
 pub mod tuning;
 pub mod volume;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -192,6 +194,9 @@ pub(crate) fn failure(what: impl Into<String>, e: &virt::error::Error) -> Error 
     }
 }
 
+/// The directories of pools asked so far, `None` for one that cannot be asked.
+type Pools = HashMap<String, Option<PathBuf>>;
+
 /// What the other defined domains use, as far as a new VM must keep away from it.
 #[derive(Debug, Default, Clone)]
 pub struct InUse {
@@ -214,28 +219,32 @@ impl InUse {
     /// When libvirt cannot be asked.
     pub fn of(connection: &Connection) -> Result<Self> {
         let mut all = Self::default();
-        let mut targets: BTreeMap<String, Option<PathBuf>> = BTreeMap::new();
+        let mut pools = HashMap::new();
         for domain in connection.domains()? {
             let Some(name) = domain.name_if_there()? else { continue };
             for xml in domain.descriptions()? {
-                let facts = domain_xml::Facts::parse(&xml)?;
-                all.addresses.extend(facts.addresses());
-                all.macs.extend(facts.macs);
-                for file in facts.files {
-                    all.files.entry(file).or_default().insert(name.clone());
-                }
-                for (pool, volume) in facts.volumes {
-                    let target = targets
-                        .entry(pool)
-                        .or_insert_with_key(|pool| connection.pool(pool).ok().map(|pool| pool.target().to_owned()));
-                    match target {
-                        Some(target) => all.files.entry(target.join(volume)).or_default().insert(name.clone()),
-                        None => all.unresolved.entry(volume).or_default().insert(name.clone()),
-                    };
-                }
+                all.add(connection, &mut pools, &name, &domain_xml::Facts::parse(&xml)?);
             }
         }
         Ok(all)
+    }
+
+    /// Adds what one description of the domain `name` says. `pools` remembers where pools are.
+    fn add(&mut self, connection: &Connection, pools: &mut Pools, name: &str, facts: &domain_xml::Facts) {
+        self.addresses.extend(facts.addresses());
+        self.macs.extend(facts.macs.iter().cloned());
+        for file in &facts.files {
+            self.files.entry(file.clone()).or_default().insert(name.to_owned());
+        }
+        for (pool, volume) in &facts.volumes {
+            let target = pools
+                .entry(pool.clone())
+                .or_insert_with_key(|pool| connection.pool(pool).ok().map(|pool| pool.target().to_owned()));
+            match target {
+                Some(target) => self.files.entry(target.join(volume)).or_default().insert(name.to_owned()),
+                None => self.unresolved.entry(volume.clone()).or_default().insert(name.to_owned()),
+            };
+        }
     }
 
     /// Whether a domain other than `domain` names `file`, or may name it.

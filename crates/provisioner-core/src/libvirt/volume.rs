@@ -95,6 +95,12 @@ fn target_path(xml: &str) -> Option<PathBuf> {
     Some(target.children().find(|n| n.has_tag_name("path"))?.text()?.into())
 }
 
+fn backing_path(xml: &str) -> Option<PathBuf> {
+    let document = roxmltree::Document::parse(xml).ok()?;
+    let backing = document.root_element().children().find(|n| n.has_tag_name("backingStore"))?;
+    Some(backing.children().find(|n| n.has_tag_name("path"))?.text()?.into())
+}
+
 impl Connection {
     /// The name of the active pool whose volumes are in `directory`, or `None` when there is none.
     ///
@@ -112,6 +118,10 @@ impl Connection {
 }
 
 impl Pool {
+    pub(super) fn raw(&self) -> &StoragePool {
+        &self.pool
+    }
+
     /// The pool's name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -186,6 +196,26 @@ impl Pool {
     /// When libvirt cannot be asked.
     pub fn volumes(&self) -> Result<Vec<String>> {
         self.pool.list_volumes().map_err(|e| failure(format!("cannot list storage pool {:?}", self.name), &e))
+    }
+
+    /// The names of all volumes, each with its backing file as the volume's description names it.
+    ///
+    /// # Errors
+    /// When libvirt cannot be asked.
+    pub fn backing_files(&self) -> Result<Vec<(String, Option<PathBuf>)>> {
+        let what = || format!("cannot list storage pool {:?}", self.name);
+        let mut found = Vec::new();
+        for volume in self.pool.list_all_volumes(0).map_err(|e| failure(what(), &e))? {
+            let described = volume.name().and_then(|name| Ok((name, volume.xml_desc(0)?)));
+            match described.map_err(|e| failure(what(), &e)) {
+                Ok((name, xml)) => found.push((name, backing_path(&xml))),
+                // Deleted since it was listed.
+                Err(error) if error.kind == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        found.sort();
+        Ok(found)
     }
 
     /// Creates a qcow2 overlay of `capacity` bytes on the qcow2 file `base`.
