@@ -44,15 +44,15 @@ impl Domain {
             request["arguments"] = arguments.clone();
         }
         let what = || format!("guest agent of {} does not answer {command}", self.name());
-        let answer =
-            self.raw().qemu_agent_command(&request.to_string(), i32::from(seconds), 0).map_err(|e| {
-                match known(&e) {
-                    ErrorNumber::AgentUnresponsive | ErrorNumber::AgentCommandTimeout => {
-                        Error::new(ErrorKind::TimedOut, what()).because(super::Cause::from(&e))
-                    }
-                    _ => failure(format!("guest agent of {} refuses {command}", self.name()), &e),
+        let answer = self.raw().qemu_agent_command(&request.to_string(), i32::from(seconds), 0).map_err(|e| {
+            match known(&e) {
+                // The last is libvirt's word for a VM that is paused or off: its agent has refused nothing.
+                ErrorNumber::AgentUnresponsive | ErrorNumber::AgentCommandTimeout | ErrorNumber::OperationInvalid => {
+                    Error::new(ErrorKind::TimedOut, what()).because(super::Cause::from(&e))
                 }
-            })?;
+                _ => failure(format!("guest agent of {} refuses {command}", self.name()), &e),
+            }
+        })?;
         let mut answer: Value =
             serde_json::from_str(&answer).map_err(|e| Error::new(ErrorKind::Hypervisor, what()).because(e))?;
         match answer.get_mut("return") {
