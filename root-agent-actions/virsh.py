@@ -109,10 +109,10 @@ def _beside(action, domain, work, wait):
     return answers[0] if answers else None
 
 
-def _finished(action, domain, work, wait=POWER):
-    answer = _beside(action, domain, work, wait)
+def _finished(action, domain, work):
+    answer = _beside(action, domain, work, POWER)
     if answer is None:
-        raise Refused(f"{action} of {domain} has not ended within {wait} s and goes on: ask blockhost-vm-status {domain}")
+        raise Refused(f"{action} of {domain} has not ended within {POWER} s and goes on: ask blockhost-vm-status {domain}")
     if not answer["ok"]:
         raise Refused(answer["error"])
     return {"output": answer["output"]}

@@ -2,13 +2,14 @@
 
 import ipaddress
 import json
+import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import PACKAGE
 
+PACKAGE = pathlib.Path(__file__).resolve().parents[2] / "wizard"
 URL = "/wizard/libvirt"
 
 
