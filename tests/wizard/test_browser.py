@@ -4,6 +4,7 @@ import ipaddress
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -56,14 +57,11 @@ def page(browser, here, served, artefacts):
             return self.field(name).get_property("value")
 
         def press(self, text):
-            before = browser.find_element(By.TAG_NAME, "html")
+            """Clicks, and waits until another page is there."""
+            self.run("window.left = true")
             browser.find_element(By.XPATH, f"//*[contains(@class, 'btn') and normalize-space() = '{text}']").click()
-            self.wait_for_another(before)
-
-        def wait_for_another(self, before):
-            from selenium.webdriver.support.expected_conditions import staleness_of
-
-            WebDriverWait(browser, 30).until(staleness_of(before))
+            there = "return !window.left && document.readyState == 'complete'"
+            WebDriverWait(browser, 30, ignored_exceptions=[WebDriverException]).until(lambda _: self.run(there))
 
         @property
         def heading(self):
@@ -108,6 +106,8 @@ def test_the_page_is_filled_in_wrongly_corrected_left_and_come_back_to(page, her
     page.open()
     assert page.heading == "Virtual machines"
     assert page.value("ip_network") == here.network and page.value("gateway") == here.gateway
+    # The installer's own bar of steps, with ours as the current one.
+    assert browser.find_element(By.CSS_SELECTOR, ".steps .active").text == "2 libvirt/KVM"
     page.keep("1-offered")
 
     page.type("gateway", "203.0.113.1")
@@ -163,7 +163,7 @@ def test_the_page_can_be_used_from_the_keyboard(page, browser, here):
     # The list of bridges is there where the host has several.
     assert [name for name in reached if name != "bridge"] == expected
     page.field("gc_grace_days").send_keys(Keys.ENTER)
-    WebDriverWait(browser, 30).until(lambda _: page.heading == "Connectivity")
+    WebDriverWait(browser, 30, ignored_exceptions=[WebDriverException]).until(lambda _: page.heading == "Connectivity")
 
 
 def test_every_input_has_a_name_for_those_who_do_not_see_it(page, browser):

@@ -102,7 +102,7 @@ def storage_path(value):
         raise Invalid("must be an absolute path of A-Z a-z 0-9 . _ - and /")
     path = text.rstrip("/")
     if path != posixpath.normpath(path):
-        raise Invalid("must not contain . or ..")
+        raise Invalid("must not have . or .. as a part of it")
     if path.count("/") < 2 or path in ("/var/lib", "/var/log", "/var/cache") or any(path == top or path.startswith(top + "/") for top in SYSTEM):
         raise Invalid("must be a directory for this alone, such as /var/lib/blockhost/vms")
     return path
