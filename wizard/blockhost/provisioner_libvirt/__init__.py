@@ -1,0 +1,1 @@
+"""The libvirt provisioner's page and finalization steps in BlockHost's installer."""
