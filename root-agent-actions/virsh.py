@@ -1,12 +1,15 @@
 """Actions of BlockHost's root agent for libvirt VMs: a thin door to the suite's own commands.
 
-The agent is root and its clients are not. So a client chooses among eight fixed verbs and names a VM; nothing else it says
+The agent is root and its clients are not. So a client chooses among fixed verbs and names a VM; nothing else it says
 reaches a shell, a file or libvirt. Whether the VM is BlockHost's is for the commands to find out, in one place for everybody.
+Two more verbs are asked by those commands themselves, when they do not run as root: see `neighbour_add`.
 
 The agent serves the whole host in one thread. What may take long is therefore done beside that thread, and the answer is
 held up for a few seconds only: long enough for what goes wrong at once to be told.
 """
 
+import ipaddress
+import pathlib
 import re
 import subprocess
 import threading
@@ -17,6 +20,11 @@ from _common import log, run
 VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LOGIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 GECOS = re.compile(r"wallet=([A-Za-z0-9_]{1,256}),nft=([0-9A-Za-z]{1,128})")
+
+# libvirt's own range, which all VMs are made in.
+MAC = re.compile(r"52:54:00(:[0-9a-f]{2}){3}")
+INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+INTERFACES = pathlib.Path("/sys/class/net")
 
 # The kernel takes 128 KiB for one argument.
 COMMAND_LIMIT = 64 * 1024
@@ -214,6 +222,33 @@ def guest_exec(params):
     return {"stdout": out, "stderr": err, "exitcode": done.returncode}
 
 
+def _neighbour(params):
+    text = params.get("address")
+    try:
+        address = ipaddress.IPv6Address(text if isinstance(text, str) and "%" not in text else "")
+    except ValueError:
+        address = ipaddress.IPv6Address("::")
+    if address.is_unspecified or address.is_link_local or address.is_multicast or address.is_loopback:
+        raise Refused(f"address {str(text)[:80]!r} is not valid: an IPv6 address of a VM")
+    bridge = _text(params, "dev", INTERFACE, "the name of a bridge")
+    if not (INTERFACES / bridge / "bridge").is_dir():
+        raise Refused(f"dev {bridge!r} is not valid: the name of a bridge")
+    return str(address), bridge
+
+
+def neighbour_add(params):
+    """Ties a VM's IPv6 address to its MAC address on the host, so that the host believes no other VM that claims it. Setting a
+    neighbour entry needs root, and the base package has no action for it, as it has for the route."""
+    address, bridge = _neighbour(params)
+    mac = _text(params, "mac", MAC, "52:54:00 and three more bytes, in lower case")
+    return {"output": _suite("ip", "-6", "neigh", "replace", address, "lladdr", mac, "nud", "permanent", "dev", bridge, timeout=SOON)}
+
+
+def neighbour_del(params):
+    address, bridge = _neighbour(params)
+    return {"output": _suite("ip", "-6", "neigh", "del", address, "dev", bridge, timeout=SOON)}
+
+
 def _action(handler):
     def action(params):
         if not isinstance(params, dict):
@@ -234,4 +269,6 @@ ACTIONS = {
     "virsh-undefine": _action(undefine),
     "virsh-update-gecos": _action(update_gecos),
     "virsh-guest-exec": _action(guest_exec),
+    "virsh-neighbour-add": _action(neighbour_add),
+    "virsh-neighbour-del": _action(neighbour_del),
 }

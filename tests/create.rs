@@ -121,6 +121,11 @@ fn a_plan_writes_and_allocates_nothing() {
     assert!(plan.stderr.contains("nothing was created"), "{plan:?}");
     assert_eq!(snapshot(&lab), before);
     lab.assert_no_traces("by a plan");
+
+    // The host's own address is not given away, whatever the pool says.
+    let (network, (net, host)) = (&lab.network, lab.gateway.rsplit_once('.').unwrap());
+    lab.configure(&format!("ip_pool: {{network: {network:?}, start: {host}, end: {host}, gateway: {net}.254}}\n"));
+    lab.run("blockhost-vm-create", &arguments).fails_with(1).says("exhausted");
 }
 
 #[test]

@@ -14,6 +14,8 @@ ALL = [
     "virsh-undefine",
     "virsh-update-gecos",
     "virsh-guest-exec",
+    "virsh-neighbour-add",
+    "virsh-neighbour-del",
 ]
 GECOS = "wallet=0x52908400098527886E0F7030069857D2E4169EE7,nft=42"
 GOOD = {"domain": "web1", "gecos": GECOS, "username": "admin", "command": "id"}
@@ -222,3 +224,38 @@ def test_update_gecos_is_bounded(agent, suite, monkeypatch):
     monkeypatch.setattr(agent.module, "GUEST", 0.3)
     suite.make("blockhost-vm-update-gecos", "sleep 5 </dev/null >/dev/null 2>&1")
     assert agent.ask("virsh-update-gecos", GOOD) == {"ok": False, "error": "blockhost-vm-update-gecos did not end within 0.3 s"}
+
+
+NEIGHBOUR = {"address": "fd00:1::2", "mac": "52:54:00:01:02:03", "dev": "br0"}
+
+
+@pytest.fixture
+def bridge(agent, tmp_path):
+    (tmp_path / "net/br0/bridge").mkdir(parents=True)
+    (tmp_path / "net/eth0").mkdir()
+    agent.module.INTERFACES = tmp_path / "net"
+
+
+def test_an_address_is_tied_to_a_mac_address_and_set_free(agent, suite, bridge):
+    suite.make("ip")
+    assert agent.ask("virsh-neighbour-add", NEIGHBOUR)["ok"]
+    assert agent.ask("virsh-neighbour-del", {"address": "fd00:1:0::2", "dev": "br0"})["ok"]
+    entry = ["ip", "-6", "neigh", "replace", "fd00:1::2", "lladdr", "52:54:00:01:02:03", "nud", "permanent", "dev", "br0"]
+    assert suite.calls == [entry, ["ip", "-6", "neigh", "del", "fd00:1::2", "dev", "br0"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("address", value)
+        for value in (None, 7, "", "10.0.0.1", "fe80::1", "ff02::1", "::", "::1", "fd00::1/64", "fd00::1%br0", "fd00::1 dev eth0", "-h")
+    ]
+    + [("mac", value) for value in (None, "", "52:54:00:01:02", "00:11:22:33:44:55", "52:54:00:01:02:03\n", "52:54:00:01:02:0G")]
+    + [("dev", value) for value in (None, "", "eth0", "br1", "../br0", "br0/../eth0", "-br0", "br0\n", "b" * 16)],
+)
+def test_what_is_no_neighbour_is_refused(agent, suite, bridge, key, value):
+    suite.make("ip")
+    assert not agent.ask("virsh-neighbour-add", NEIGHBOUR | {key: value})["ok"]
+    if key != "mac":
+        assert not agent.ask("virsh-neighbour-del", NEIGHBOUR | {key: value})["ok"]
+    assert suite.calls == []

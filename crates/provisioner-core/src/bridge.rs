@@ -1,9 +1,9 @@
 //! Facts about the bridge the VMs are attached to.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
-use nix::ifaddrs::getifaddrs;
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -44,6 +44,21 @@ pub fn is_interface_name(name: &str) -> bool {
 /// cannot be asked for addresses.
 pub fn look_up(name: &str) -> Result<Bridge> {
     look_up_in(Path::new(SYS_CLASS_NET), name)
+}
+
+/// The addresses of the host itself, of all its interfaces.
+///
+/// # Errors
+/// [`ErrorKind::Io`] when the kernel cannot be asked.
+pub fn own_addresses() -> Result<Vec<IpAddr>> {
+    let interfaces =
+        getifaddrs().map_err(|e| Error::new(ErrorKind::Io, "cannot ask for the addresses of this host").because(e))?;
+    let address = |interface: InterfaceAddress| {
+        let address = interface.address?;
+        let ipv4 = address.as_sockaddr_in().map(|v4| v4.ip().into());
+        ipv4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
+    };
+    Ok(interfaces.filter_map(address).collect())
 }
 
 fn look_up_in(sys_class_net: &Path, name: &str) -> Result<Bridge> {

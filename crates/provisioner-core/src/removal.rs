@@ -13,7 +13,7 @@ use crate::host::Host;
 use crate::journal::{Journal, PoolVolume};
 use crate::libvirt::volume::VolumeNames;
 use crate::libvirt::{Connection, InUse};
-use crate::{Error, ErrorKind, Result, durable};
+use crate::{Error, ErrorKind, Result, bridge, durable};
 
 /// Stops and undefines the domain called `name`, which must have this `uuid`.
 ///
@@ -81,8 +81,8 @@ pub fn route(host: &Host, journal: &Journal) -> Result<()> {
     host.forget_address(&journal.bridge, address)
 }
 
-/// Addresses that are somebody's although no record says so: of creates under way, and of defined domains whose record
-/// another program's rewrite has lost. An address among them is neither handed out nor given back.
+/// Addresses that are somebody's although no record says so: of creates under way, of defined domains whose record
+/// another program's rewrite has lost, and of the host itself. An address among them is neither handed out nor given back.
 #[derive(Debug, Default)]
 pub struct Claims(BTreeSet<IpAddr>);
 
@@ -94,6 +94,8 @@ impl Claims {
     pub fn new(host: &Host, name: &VmName, in_use: &InUse) -> Result<Self> {
         let mut claims = Journal::claims(&host.dirs, name)?;
         claims.extend(&in_use.addresses);
+        // A pool that was configured by hand may well have the host in it.
+        claims.extend(bridge::own_addresses()?);
         Ok(Self(claims))
     }
 
