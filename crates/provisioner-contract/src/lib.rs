@@ -2,12 +2,14 @@
 //! codes. No input or output happens here.
 
 pub mod exit;
+pub mod manifest;
 pub mod metrics;
 pub mod names;
 pub mod record;
 pub mod result;
 pub mod timestamp;
 
+pub use manifest::Manifest;
 pub use metrics::{Metrics, MetricsState};
 pub use names::{InvalidName, LoginName, NftId, VmName, WalletAddress};
 pub use record::{InvalidRecord, NewRecord, Record, RecordStatus};
@@ -20,6 +22,7 @@ pub fn schemas() -> Vec<(&'static str, serde_json::Value)> {
     vec![
         ("CreateResult", schemars::schema_for!(CreateResult).to_value()),
         ("ListRow", schemars::schema_for!(ListRow).to_value()),
+        ("Manifest", schemars::schema_for!(Manifest).to_value()),
         ("Metrics", schemars::schema_for!(Metrics).to_value()),
         ("Record", schemars::schema_for!(Record).to_value()),
     ]
