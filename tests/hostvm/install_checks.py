@@ -9,7 +9,8 @@ import pathlib
 import shutil
 import time
 
-from __main__ import PAYLOAD, STATE, check, note, out, run, systemd_is_up, virsh
+import __main__ as host
+from __main__ import PAYLOAD, STATE, check, out, run, systemd_is_up, virsh
 
 HOOK = "/usr/share/blockhost/provisioner-hooks/first-boot.sh"
 LOG = pathlib.Path("/var/log/blockhost-first-boot.log")
@@ -62,7 +63,7 @@ def the_timer_is_daily_and_catches_up():
     assert shown("blockhost-gc.timer", "RandomizedDelayUSec") == "30min"
     assert shown("blockhost-gc.timer", "Persistent") == "yes"
     assert shown("blockhost-gc.service", "TimeoutStartUSec") == "4h"
-    note(out("systemd-analyze", "security", "--no-pager", "blockhost-gc.service").splitlines()[-1])
+    host.note(out("systemd-analyze", "security", "--no-pager", "blockhost-gc.service").splitlines()[-1])
 
 
 @check(the_package_comes_before_the_hypervisor)
@@ -93,7 +94,7 @@ def the_hook_prepares_the_host():
     out("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "install", "dnsmasq-base")
     begin = time.monotonic()
     done = first_boot().success()
-    note(f"the first-boot hook took {time.monotonic() - begin:.0f} s\n{done.stderr}")
+    host.note(f"the first-boot hook took {time.monotonic() - begin:.0f} s\n{done.stderr}")
     assert all(mark.exists() for mark in MARKS), done
     for unit in ("libvirtd.service", "virtlogd.socket"):
         assert shown(unit, "UnitFileState") == "enabled", unit
