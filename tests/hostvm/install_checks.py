@@ -105,7 +105,6 @@ def the_hook_prepares_the_host():
     assert networks[:3] == ["default", "inactive", "no"], networks
     assert not pathlib.Path("/sys/class/net/virbr0").exists()
     assert shutil.which("jq") and shutil.which("qemu-img") and let_through()
-    assert "warning: there is no /dev/kvm" in done.stderr, done
     assert "Setting up libvirt-daemon-system" in LOG.read_text()
 
 
@@ -120,5 +119,15 @@ def the_hook_can_be_run_again():
         mark.unlink()
     out("setfacl", "-b", str(STATE))
     virsh("net-autostart", "default").success()
-    first_boot().success()
+    # An emulated processor may offer virtualisation; the modules are loaded, so that nothing brings the device back.
+    device, aside = pathlib.Path("/dev/kvm"), pathlib.Path("/dev/kvm.aside")
+    had = device.exists()
+    if had:
+        device.rename(aside)
+    try:
+        warned = first_boot().success()
+    finally:
+        if had:
+            aside.rename(device)
+    assert "warning: there is no /dev/kvm" in warned.stderr, warned
     assert let_through() and virsh("net-list", "--all").success().stdout.split()[:3] == ["default", "inactive", "no"]
