@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-host bench lint fmt clean
+.PHONY: help setup build deb demo test test-host test-deb bench lint fmt clean
 
 WITH_HOST := tests/host/with-host
 
@@ -18,6 +18,9 @@ setup: ## Install the Debian packages that are missing
 build: setup ## Build the commands into target/release
 	cargo build --locked --workspace --release
 
+deb: ## Build the Debian package into build
+	@./build-deb.sh
+
 demo: setup ## Build a template, create a real VM, look at it, destroy it
 	@$(WITH_HOST) tests/demo
 
@@ -26,6 +29,9 @@ test: setup ## Run all tests, with real VMs
 
 test-host: setup ## Check the commands on a real Debian 12 host, as a VM: systemd, cgroup v2, AppArmor
 	@tests/hostvm/run
+
+test-deb: setup ## Build the package, look into it, install it in a chroot; build it again and compare
+	@tests/package/run
 
 bench: build ## Measure against virsh and qemu-img; fails when slower than promised
 	@$(WITH_HOST) tests/bench/run
@@ -41,4 +47,6 @@ fmt: ## Format the Rust code
 
 clean: ## Remove build results, cached templates, and what killed runs left
 	@tests/host/clean
+	@rm -rf build debian/.debhelper debian/blockhost-provisioner-libvirt debian/debhelper-build-stamp debian/files debian/manual \
+	    debian/*.debhelper debian/*.log debian/*.substvars
 	cargo clean

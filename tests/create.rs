@@ -123,7 +123,8 @@ fn a_plan_writes_and_allocates_nothing() {
     lab.assert_no_traces("by a plan");
 
     // The host's own address is not given away, whatever the pool says.
-    let (network, (net, host)) = (&lab.network, lab.gateway.rsplit_once('.').unwrap());
+    let gateway = lab.gateway.to_string();
+    let (network, (net, host)) = (&lab.network, gateway.rsplit_once('.').unwrap());
     lab.configure(&format!("ip_pool: {{network: {network:?}, start: {host}, end: {host}, gateway: {net}.254}}\n"));
     lab.run("blockhost-vm-create", &arguments).fails_with(1).says("exhausted");
 }

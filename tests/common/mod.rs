@@ -79,8 +79,8 @@ pub struct Lab {
     pub bridge: String,
     pub first: u8,
     pub last: u8,
-    network: String,
-    gateway: Ipv4Addr,
+    pub network: String,
+    pub gateway: Ipv4Addr,
     prefix6: String,
     names: String,
 }

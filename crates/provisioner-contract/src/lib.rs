@@ -3,6 +3,7 @@
 
 pub mod exit;
 pub mod gc;
+pub mod manifest;
 pub mod metrics;
 pub mod names;
 pub mod record;
@@ -10,6 +11,7 @@ pub mod result;
 pub mod timestamp;
 
 pub use gc::{GcEntry, GcKept, GcOutcome, GcPhase, GcReport};
+pub use manifest::Manifest;
 pub use metrics::{Metrics, MetricsState};
 pub use names::{InvalidName, LoginName, NftId, VmName, WalletAddress};
 pub use record::{InvalidRecord, NewRecord, Record, RecordStatus};
@@ -23,6 +25,7 @@ pub fn schemas() -> Vec<(&'static str, serde_json::Value)> {
         ("CreateResult", schemars::schema_for!(CreateResult).to_value()),
         ("GcReport", schemars::schema_for!(GcReport).to_value()),
         ("ListRow", schemars::schema_for!(ListRow).to_value()),
+        ("Manifest", schemars::schema_for!(Manifest).to_value()),
         ("Metrics", schemars::schema_for!(Metrics).to_value()),
         ("Record", schemars::schema_for!(Record).to_value()),
     ]

@@ -29,7 +29,7 @@ Examples:
   blockhost-build-template --image ./debian-12-generic-amd64.qcow2 --force
   blockhost-build-template --from-packages"
 )]
-struct Arguments {
+pub struct Arguments {
     /// Build even if the current template was made of the same image, packages and settings.
     #[arg(long)]
     force: bool,

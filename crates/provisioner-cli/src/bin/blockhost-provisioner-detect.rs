@@ -18,7 +18,7 @@ RUST_LOG=info tells on stderr why it cannot.
 Example:
   blockhost-provisioner-detect && echo yes"
 )]
-struct Arguments {}
+pub struct Arguments {}
 
 fn main() -> ExitCode {
     let command = Command::new("blockhost-provisioner-detect");

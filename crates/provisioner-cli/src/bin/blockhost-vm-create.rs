@@ -26,7 +26,7 @@ Examples:
   blockhost-vm-create web1 --owner-wallet 0x00000000000000000000000000000000000000aa \\
       --cpu 2 --memory 4096 --disk 40 --expiry-days 90 --apply"
 )]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM: letters, digits, `.`, `_` and `-`, at most 64.
     name: VmName,
     /// Wallet address of the owner.

@@ -22,7 +22,7 @@ and addresses stay. A destroy that was interrupted is finished by the next comma
 Example:
   blockhost-vm-destroy web1"
 )]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     name: VmName,
 }

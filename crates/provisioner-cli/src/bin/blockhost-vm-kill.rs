@@ -12,7 +12,7 @@ use provisioner_core::power;
 /// A VM that is off already is a success. The guest gets no chance to write what it has in memory.
 #[derive(Parser)]
 #[command(name = "blockhost-vm-kill", version, after_help = "Example:\n  blockhost-vm-kill web1")]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     name: VmName,
 }

@@ -20,7 +20,7 @@ Examples:
   blockhost-vm-list
   blockhost-vm-list --format json | jq -r '.[] | select(.status == \"active\").name'"
 )]
-struct Arguments {
+pub struct Arguments {
     /// How to print them.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,

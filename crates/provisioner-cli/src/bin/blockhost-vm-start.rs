@@ -12,7 +12,7 @@ use provisioner_core::power;
 /// A VM that runs already is a success. The host route of its IPv6 address is restored.
 #[derive(Parser)]
 #[command(name = "blockhost-vm-start", version, after_help = "Example:\n  blockhost-vm-start web1")]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     name: VmName,
 }

@@ -24,7 +24,7 @@ The exit code is always 0; why a status is unknown is on stderr.
 Example:
   blockhost-vm-status web1"
 )]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     name: VmName,
 }

@@ -13,7 +13,7 @@ use provisioner_core::power;
 /// still running, and `blockhost-vm-kill` takes its power away.
 #[derive(Parser)]
 #[command(name = "blockhost-vm-stop", version, after_help = "Example:\n  blockhost-vm-stop web1")]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     name: VmName,
 }

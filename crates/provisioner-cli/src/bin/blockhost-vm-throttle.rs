@@ -24,7 +24,7 @@ Examples:
   blockhost-vm-throttle web1 --cpu-quota 50 --bandwidth-out 10000
   blockhost-vm-throttle web1 --reset --iops-write 200"
 )]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     name: VmName,
     #[command(flatten)]

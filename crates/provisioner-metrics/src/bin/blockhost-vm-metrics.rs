@@ -38,7 +38,7 @@ Examples:
   blockhost-vm-metrics --all | jq 'map_values(.cpu_percent)'
   blockhost-vm-metrics --all --format openmetrics > /var/lib/node_exporter/blockhost.prom"
 )]
-struct Arguments {
+pub struct Arguments {
     /// Name of the VM.
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     name: Option<VmName>,
