@@ -27,8 +27,8 @@ use crate::{Error, ErrorKind, Result, destroy, durable, failpoint, metrics, reco
 
 /// How long another command on a VM is waited for. It may be a create, or another collection: then it is that one's.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
-/// One question about all domains.
-const LIST_LIMIT: Duration = Duration::from_secs(10);
+/// One question about all domains. libvirt does not answer it while somebody powers frozen QEMUs off, 11 s for each.
+const LIST_LIMIT: Duration = Duration::from_secs(60);
 /// The hook takes rules away, which takes seconds; the VM goes whether it succeeds or not.
 const HOOK_LIMIT: Duration = Duration::from_secs(30);
 /// For a guest that has been told to shut down by a process that died since.
