@@ -5,6 +5,7 @@
 pub mod proxy;
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::Read as _;
 use std::net::{Ipv4Addr, TcpStream, ToSocketAddrs as _};
@@ -428,15 +429,16 @@ impl Drop for Lab {
         }
         let _ = try_virsh(&["pool-destroy", &self.pool]);
         let _ = try_virsh(&["pool-undefine", &self.pool]);
-        // A lab whose test has failed must not leave a route to the next one with these addresses.
-        if self.ipv6() && thread::panicking() {
+        // The next lab with these addresses, in another process, must not find what the VMs of this one have left.
+        if self.ipv6() {
+            let mut batch = String::new();
             for address in self.addresses6() {
-                let route = format!("{address}/128");
-                let delete = ["-6", "route", "del", &route, "dev", &self.bridge];
-                let _ = Command::new("ip").args(delete).stderr(Stdio::null()).status();
-                let forget = ["-6", "neigh", "del", &address, "dev", &self.bridge];
-                let _ = Command::new("ip").args(forget).stderr(Stdio::null()).status();
+                let _ = writeln!(batch, "route del {address}/128 dev {0}\nneigh del {address} dev {0}", self.bridge);
             }
+            let file = self.dir.join("forget");
+            let _ = fs::write(&file, batch);
+            let forget = ["-6", "-force", "-batch", file.to_str().unwrap_or_default()];
+            let _ = Command::new("ip").args(forget).stderr(Stdio::null()).status();
         }
         if thread::panicking() {
             eprintln!("the lab's files are kept until the end of the run: {}", self.dir.display());
