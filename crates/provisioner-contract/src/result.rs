@@ -202,7 +202,8 @@ mod tests {
     #[test]
     fn the_schemas_describe_what_is_printed() {
         let schemas: std::collections::BTreeMap<_, _> = crate::schemas().into_iter().collect();
-        assert_eq!(schemas.keys().copied().collect::<Vec<_>>(), ["CreateResult", "ListRow", "Metrics", "Record"]);
+        let names = ["CreateResult", "GcReport", "ListRow", "Manifest", "Metrics", "Record"];
+        assert_eq!(schemas.keys().copied().collect::<Vec<_>>(), names);
         let printed = serde_json::to_value(result(None, None)).unwrap();
         let keys: Vec<_> = printed.as_object().unwrap().keys().cloned().collect();
         let described: Vec<_> = schemas["CreateResult"]["properties"].as_object().unwrap().keys().cloned().collect();
