@@ -5,7 +5,6 @@
 pub mod proxy;
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs;
 use std::io::Read as _;
 use std::net::{Ipv4Addr, TcpStream, ToSocketAddrs as _};
@@ -384,22 +383,24 @@ impl Lab {
                 traces.push(format!("record {name}"));
             }
         }
+        traces.extend(self.links().into_iter().map(|(kind, address)| format!("{kind} {address}")));
+        traces
+    }
+
+    /// The routes and permanent neighbour entries that the host has for this lab's addresses: `ip`'s word for it, and the address.
+    fn links(&self) -> Vec<(&'static str, String)> {
+        let mut links = Vec::new();
         if self.ipv6() {
-            let routes = output("ip", &["-6", "route", "show", "dev", &self.bridge, "metric", "1024"]);
             let own = self.addresses6();
-            for route in routes.lines().filter_map(|line| line.split_whitespace().next()) {
-                if own.contains(route) {
-                    traces.push(format!("route {route}"));
-                }
-            }
-            let neighbours = output("ip", &["-6", "neigh", "show", "dev", &self.bridge, "nud", "permanent"]);
-            for neighbour in neighbours.lines().filter_map(|line| line.split_whitespace().next()) {
-                if own.contains(neighbour) {
-                    traces.push(format!("neighbour entry {neighbour}"));
-                }
+            for (kind, filter) in [("route", ["metric", "1024"]), ("neigh", ["nud", "permanent"])] {
+                let all = output("ip", &["-6", kind, "show", "dev", &self.bridge, filter[0], filter[1]]);
+                let addresses = all.lines().filter_map(|line| line.split_whitespace().next());
+                links.extend(
+                    addresses.filter(|address| own.contains(*address)).map(|address| (kind, address.to_owned())),
+                );
             }
         }
-        traces
+        links
     }
 
     fn addresses6(&self) -> BTreeSet<String> {
@@ -430,15 +431,8 @@ impl Drop for Lab {
         let _ = try_virsh(&["pool-destroy", &self.pool]);
         let _ = try_virsh(&["pool-undefine", &self.pool]);
         // The next lab with these addresses, in another process, must not find what the VMs of this one have left.
-        if self.ipv6() {
-            let mut batch = String::new();
-            for address in self.addresses6() {
-                let _ = writeln!(batch, "route del {address}/128 dev {0}\nneigh del {address} dev {0}", self.bridge);
-            }
-            let file = self.dir.join("forget");
-            let _ = fs::write(&file, batch);
-            let forget = ["-6", "-force", "-batch", file.to_str().unwrap_or_default()];
-            let _ = Command::new("ip").args(forget).stderr(Stdio::null()).status();
+        for (kind, address) in self.links() {
+            let _ = Command::new("ip").args(["-6", kind, "del", &address, "dev", &self.bridge]).status();
         }
         if thread::panicking() {
             eprintln!("the lab's files are kept until the end of the run: {}", self.dir.display());
