@@ -302,7 +302,12 @@ fn every_command_explains_itself_with_an_example() {
         );
         all += &format!("$ {program} --help\n{help}\n");
         let version = Command::new(binary(program)).arg("--version").stdin(Stdio::null()).output().unwrap();
-        assert!(version.status.success(), "{program}");
+        assert_eq!(String::from_utf8(version.stdout).unwrap(), format!("{program} {}\n", env!("CARGO_PKG_VERSION")));
+        // Wrong usage is one line.
+        let wrong = Command::new(binary(program)).arg("--no-such").stdin(Stdio::null()).output().unwrap();
+        let wrong = String::from_utf8(wrong.stderr).unwrap();
+        let line = format!("{program}: error: unexpected argument '--no-such' found (hint: see {program} --help)\n");
+        assert!(wrong.starts_with(&line), "{wrong}");
     }
     let trimmed: Vec<_> = all.lines().map(str::trim_end).collect();
     insta::assert_snapshot!("help", trimmed.join("\n"));

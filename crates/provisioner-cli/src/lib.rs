@@ -27,6 +27,16 @@ pub use progress::{Plain, StderrProgress};
 /// libvirt's URI must be named: a client that is not root otherwise lands in `qemu:///session`.
 const DEFAULT_URI: &str = "qemu:///system";
 
+/// `main` of a command whose `work` needs its arguments and nothing else.
+#[must_use]
+pub fn main<A: clap::Parser>(name: &'static str, work: impl FnOnce(&Command, A) -> anyhow::Result<()>) -> ExitCode {
+    let command = Command::new(name);
+    match command.arguments() {
+        Ok(arguments) => command.run(|command| work(command, arguments)),
+        Err(code) => code,
+    }
+}
+
 /// What every command has before it does anything.
 pub struct Command {
     name: &'static str,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::ascii::printable;
 use crate::libvirt::{Connection, bounded};
 use crate::paths::Directories;
 use crate::settings::Settings;
@@ -164,14 +165,14 @@ fn run(context: &Arc<Context>, checks: &[(&'static str, Check)], limit: Duration
                     "see what hangs: ps -eo pid,stat,wchan,comm | grep ' D'",
                 ),
             };
-            Checked { check, level: verdict.0, text: plain(&verdict.1), remedy: verdict.2.as_deref().map(plain) }
+            Checked {
+                check,
+                level: verdict.0,
+                text: printable(&verdict.1),
+                remedy: verdict.2.as_deref().map(printable),
+            }
         })
         .collect()
-}
-
-/// Some of it is others' text, and it goes to a terminal.
-fn plain(text: &str) -> String {
-    text.chars().flat_map(|c| if matches!(c, ' '..='~') { vec![c] } else { c.escape_default().collect() }).collect()
 }
 
 #[cfg(test)]

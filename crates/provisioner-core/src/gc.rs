@@ -355,6 +355,18 @@ impl Run<'_> {
         Ok(Dealt::Done(format!("cleared: {begun}")))
     }
 
+    /// The VM's lock, after what a dead command left was cleared, and its record as it is now; or why there is nothing to do.
+    fn look_again(&self, name: &VmName) -> Result<Result<(Held, Record), String>> {
+        let held = match self.hold(name)? {
+            Ok(held) => held,
+            Err(why) => return Ok(Err(why)),
+        };
+        failpoint::hit("gc.locked")?;
+        recovery::recover(self.host, name, held.lock())?;
+        let record = self.host.database().read()?.record(name)?;
+        Ok(record.map(|record| (held, record)).ok_or_else(|| "its record has gone".into()))
+    }
+
     /// Looks at the VM again, and if its subscription is still over shuts it down and marks it.
     fn suspend(&self, name: &VmName, why: &str) -> Result<Dealt> {
         if !self.request.execute {
@@ -362,14 +374,9 @@ impl Run<'_> {
         }
         let host = self.host;
         host.progress.phase(&format!("suspending {name}"));
-        let held = match self.hold(name)? {
-            Ok(held) => held,
+        let (_held, record) = match self.look_again(name)? {
+            Ok(found) => found,
             Err(why) => return Ok(Dealt::Skipped(why)),
-        };
-        failpoint::hit("gc.locked")?;
-        recovery::recover(host, name, held.lock())?;
-        let Some(record) = host.database().read()?.record(name)? else {
-            return Ok(Dealt::Skipped("its record has gone".into()));
         };
         let own = ownership::find(host, &host.connect()?, name, Some(&record))?;
         let up = own.as_ref().map_or(Ok(false), |own| own.domain.is_active())?;
@@ -407,14 +414,9 @@ impl Run<'_> {
         }
         let host = self.host;
         host.progress.phase(&format!("destroying {name}"));
-        let held = match self.hold(name)? {
-            Ok(held) => held,
+        let (held, record) = match self.look_again(name)? {
+            Ok(found) => found,
             Err(why) => return Ok(Dealt::Skipped(why)),
-        };
-        failpoint::hit("gc.locked")?;
-        recovery::recover(host, name, held.lock())?;
-        let Some(record) = host.database().read()?.record(name)? else {
-            return Ok(Dealt::Skipped("its record has gone".into()));
         };
         if let Err(why) = self.rules.destroy(&record) {
             return Ok(Dealt::Skipped(why));

@@ -71,7 +71,7 @@ impl Host {
                 "{address} is not reachable through this host until blockhost-vm-start has set its route: {}",
                 error.in_full()
             ));
-            // Whoever cannot do the one cannot do the other.
+            // What is not reachable cannot be taken over either.
             return;
         }
         let Some(mac) = mac else { return };
@@ -97,8 +97,10 @@ impl Host {
     /// When one is there and stays.
     pub(crate) fn forget_address(&self, bridge: &str, address: Ipv6Addr) -> Result<()> {
         let way = Way::of_this_process(&self.dirs.run);
-        way.remove(Entry::Neighbour([0; 6]), bridge, address, ROUTE_LIMIT)?;
-        way.remove(Entry::Route, bridge, address, ROUTE_LIMIT)
+        // Whoever cannot do the one may still do the other.
+        let neighbour = way.remove(Entry::Neighbour([0; 6]), bridge, address, ROUTE_LIMIT);
+        way.remove(Entry::Route, bridge, address, ROUTE_LIMIT)?;
+        neighbour
     }
 
     /// The VM database.

@@ -12,6 +12,7 @@ mod mend;
 use provisioner_contract::VmName;
 use serde::Serialize;
 
+use crate::ascii::printable;
 use crate::host::Host;
 use crate::lock::Holder;
 use crate::{Error, Result};
@@ -112,9 +113,9 @@ impl Finding {
     fn new(kind: Kind, vm: Option<&str>, object: impl AsRef<str>, explanation: impl AsRef<str>) -> Self {
         Self {
             kind,
-            vm: vm.map(plain),
-            object: plain(object.as_ref()),
-            explanation: plain(explanation.as_ref()),
+            vm: vm.map(printable),
+            object: printable(object.as_ref()),
+            explanation: printable(explanation.as_ref()),
             apply: None,
             operator: None,
             failure: None,
@@ -124,12 +125,12 @@ impl Finding {
 
     fn applies(mut self, mend: Mend, what: impl AsRef<str>) -> Self {
         self.mend = Some(mend);
-        self.apply = Some(plain(what.as_ref()));
+        self.apply = Some(printable(what.as_ref()));
         self
     }
 
     fn operator(mut self, what: impl AsRef<str>) -> Self {
-        self.operator = Some(plain(what.as_ref()));
+        self.operator = Some(printable(what.as_ref()));
         self
     }
 
@@ -137,11 +138,6 @@ impl Finding {
     fn is(&self, other: &Self) -> bool {
         (self.kind, &self.vm, &self.object) == (other.kind, &other.vm, &other.object)
     }
-}
-
-/// Names and records are others' texts, and this goes to a terminal.
-fn plain(text: &str) -> String {
-    text.chars().flat_map(|c| if matches!(c, ' '..='~') { vec![c] } else { c.escape_default().collect() }).collect()
 }
 
 /// A VM that a command is working on, and that was therefore left alone.
@@ -157,7 +153,7 @@ pub struct Busy {
 
 impl Busy {
     fn new(vm: &VmName, holder: Option<&Holder>) -> Self {
-        Self { vm: vm.to_string(), command: holder.map(|h| plain(&h.command)), pid: holder.map(|h| h.pid) }
+        Self { vm: vm.to_string(), command: holder.map(|h| printable(&h.command)), pid: holder.map(|h| h.pid) }
     }
 }
 
@@ -193,7 +189,7 @@ fn report(host: &Host, look: &look::Look, findings: Vec<Finding>, repaired: Vec<
         findings,
         repaired,
         busy: look.busy.iter().map(|(vm, holder)| Busy::new(vm, holder.as_ref())).collect(),
-        notes: look.notes.iter().map(|note| plain(note)).collect(),
+        notes: look.notes.iter().map(|note| printable(note)).collect(),
     }
 }
 
@@ -246,18 +242,8 @@ pub fn apply(host: &Host) -> Result<Report> {
     };
     for finding in &mut findings {
         let why = failed.iter().find(|(failed, _)| failed.is(finding));
-        finding.failure = why.map(|(_, error)| plain(&error.in_full()));
+        finding.failure = why.map(|(_, error)| printable(&error.in_full()));
     }
     repaired.retain(|done: &Finding| !findings.iter().any(|left| left.is(done)));
     Ok(report(host, &look, findings, repaired))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_others_wrote_is_shown_in_printable_ascii() {
-        assert_eq!(plain("web1 \u{1b}[31m\nü"), "web1 \\u{1b}[31m\\n\\u{fc}");
-    }
 }

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use provisioner_cli::Command;
 use provisioner_core::host::Host;
 use provisioner_core::libvirt::{InUse, kvm};
 use provisioner_core::settings::DomainType;
@@ -86,12 +85,7 @@ fn settle_domain_type(host: &Host) {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-build-template");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-build-template", |command, arguments: Arguments| {
         let host = command.host()?;
         let (force, allow_no_packages) = (arguments.force, arguments.allow_no_packages);
         let no_kvm = || OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err();

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
-use provisioner_cli::{Command, directories, output};
+use clap::Parser;
+use provisioner_cli::{Format, directories, output};
 use provisioner_core::doctor::{self, Level, Report};
 use provisioner_core::{Error, ErrorKind};
 
@@ -34,40 +34,21 @@ pub struct Arguments {
     json: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// A line per check.
-    Text,
-    /// One object.
-    Json,
-}
-
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-provisioner-doctor");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-provisioner-doctor", |command, arguments: Arguments| {
         let report = doctor::examine(&directories(), command.uri());
         if arguments.json || arguments.format == Format::Json {
             output::stdout_lines([serde_json::to_string(&report)?])?;
         } else {
             output::stdout_lines(lines(&report))?;
         }
-        match report
-            .checks
-            .iter()
-            .filter(|check| check.level == Level::Fail)
-            .map(|check| check.check)
-            .collect::<Vec<_>>()
-        {
-            failed if failed.is_empty() => Ok(()),
-            failed => {
-                let what = format!("{} of {} checks fail: {}", failed.len(), report.checks.len(), failed.join(", "));
-                Err(Error::new(ErrorKind::Config, what).hint("each is shown with its remedy").into())
-            }
+        let failed = report.checks.iter().filter(|check| check.level == Level::Fail);
+        let failed: Vec<_> = failed.map(|check| check.check).collect();
+        if failed.is_empty() {
+            return Ok(());
         }
+        let what = format!("{} of {} checks fail: {}", failed.len(), report.checks.len(), failed.join(", "));
+        Err(Error::new(ErrorKind::Config, what).hint("each is shown with its remedy").into())
     })
 }
 

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
-use provisioner_cli::{Command, output};
+use clap::Parser;
+use provisioner_cli::{Format, output};
 use provisioner_core::repair::{self, Finding, Report};
 use provisioner_core::{Error, ErrorKind};
 
@@ -37,21 +37,8 @@ pub struct Arguments {
     format: Format,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// For people.
-    Text,
-    /// One object.
-    Json,
-}
-
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-provisioner-repair");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-provisioner-repair", |command, arguments: Arguments| {
         let host = command.host()?;
         let report = if arguments.apply { repair::apply(&host)? } else { repair::check(&host)? };
         match arguments.format {

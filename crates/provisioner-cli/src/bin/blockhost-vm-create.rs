@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use provisioner_cli::limits::LimitOptions;
-use provisioner_cli::{Command, output};
+use provisioner_cli::output;
 use provisioner_contract::{CreateResult, LoginName, NftId, VmName, WalletAddress};
 use provisioner_core::create::{self, CreateRequest};
 use provisioner_core::database::Database;
@@ -64,12 +64,7 @@ pub struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-vm-create");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-vm-create", |command, arguments: Arguments| {
         let mut host = command.host()?;
         let request = CreateRequest {
             name: arguments.name,

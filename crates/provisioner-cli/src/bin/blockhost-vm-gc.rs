@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use provisioner_cli::{Command, Format, find_in_path, output};
+use provisioner_cli::{Format, find_in_path, output};
 use provisioner_core::database::Database;
 use provisioner_core::gc::{self, GcRequest};
 
@@ -54,12 +54,7 @@ pub struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-vm-gc");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-vm-gc", |command, arguments: Arguments| {
         let host = command.host()?;
         let request = GcRequest {
             execute: arguments.execute,

@@ -18,6 +18,7 @@ use provisioner_core::guest_exec::{self, Finished, GuestCommand, OUTPUT_LIMIT};
 /// which includes processes it leaves behind with its stdout or stderr.
 #[derive(Parser)]
 #[command(
+    name = "blockhost-vm-guest-exec",
     version,
     override_usage = "blockhost-vm-guest-exec <NAME> [--] <COMMAND>...",
     after_help = "\

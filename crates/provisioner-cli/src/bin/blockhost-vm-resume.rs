@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use provisioner_cli::{Command, output};
+use provisioner_cli::output;
 use provisioner_contract::VmName;
 use provisioner_core::database::Database;
 use provisioner_core::resume;
@@ -39,12 +39,7 @@ pub struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-vm-resume");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-vm-resume", |command, arguments: Arguments| {
         let host = command.host()?;
         let (name, days) = (&arguments.name, arguments.extend_days);
         let resumed = if arguments.mock {

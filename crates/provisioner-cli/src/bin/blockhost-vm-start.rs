@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use provisioner_cli::Command;
 use provisioner_contract::VmName;
 use provisioner_core::power;
 
@@ -18,10 +17,7 @@ pub struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-vm-start");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| Ok(power::start(&command.host()?, &arguments.name)?))
+    provisioner_cli::main("blockhost-vm-start", |command, arguments: Arguments| {
+        Ok(power::start(&command.host()?, &arguments.name)?)
+    })
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use provisioner_cli::limits::LimitOptions;
-use provisioner_cli::{Command, Format, output};
+use provisioner_cli::{Format, output};
 use provisioner_contract::VmName;
 use provisioner_core::limits::{InForce, Limit};
 use provisioner_core::throttle;
@@ -14,6 +14,7 @@ use provisioner_core::throttle;
 /// What is not named keeps its value. Without options it shows what is in force.
 #[derive(Parser)]
 #[command(
+    name = "blockhost-vm-throttle",
     version,
     after_help = "\
 stdout has a line per change with the value that is in force, read back from the hypervisor. All options are checked
@@ -38,9 +39,7 @@ pub struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-vm-throttle");
-    let arguments = Arguments::parse();
-    command.run(|command| {
+    provisioner_cli::main("blockhost-vm-throttle", |command, arguments: Arguments| {
         let host = command.host()?;
         let changes = arguments.limits.limits();
         if changes.is_empty() && !arguments.reset {

@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use provisioner_cli::Command;
 use provisioner_contract::{LoginName, NftId, VmName, WalletAddress};
 use provisioner_core::gecos::{self, Updated};
 
@@ -13,6 +12,7 @@ use provisioner_core::gecos::{self, Updated};
 /// done, so this may be repeated at will. A VM that does not run is left as it is, and is a failure.
 #[derive(Parser)]
 #[command(
+    name = "blockhost-vm-update-gecos",
     version,
     after_help = "\
 Example:
@@ -32,12 +32,7 @@ pub struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let command = Command::new("blockhost-vm-update-gecos");
-    let arguments: Arguments = match command.arguments() {
-        Ok(arguments) => arguments,
-        Err(code) => return code,
-    };
-    command.run(|command| {
+    provisioner_cli::main("blockhost-vm-update-gecos", |command, arguments: Arguments| {
         let Arguments { name, wallet, nft_id, username } = &arguments;
         let updated = gecos::update(&command.host()?, name, username.as_ref(), wallet, nft_id)?;
         command.progress().note(&match updated {

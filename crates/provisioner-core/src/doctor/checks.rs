@@ -438,7 +438,8 @@ fn ipv4_addresses(context: &Context) -> Outcome {
     let settings = context.settings()?;
     let pool = settings.require_ipv4_pool().map_err(|e| failed(Level::Fail, &e, "set ip_pool in db.yaml"))?;
     let document = readable(settings)?;
-    let used = used_addresses(&document);
+    let mut used = used_addresses(&document);
+    used.extend(bridge::own_addresses().map_err(|e| failed(Level::Warn, &e, "ip address"))?);
     let (mut total, mut free) = (0_usize, 0_usize);
     for address in pool.candidates() {
         total += 1;

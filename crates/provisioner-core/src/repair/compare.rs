@@ -14,6 +14,7 @@ use crate::database::Document;
 use crate::database::mending::{Entry, mended};
 use crate::host::Host;
 use crate::host_route::{Entry as HostEntry, parse_mac};
+use crate::journal::Operation;
 use crate::libvirt::metadata::Metadata;
 use crate::libvirt::survey::Surveyed;
 use crate::libvirt::volume::VolumeNames;
@@ -118,9 +119,9 @@ impl Comparison<'_> {
                 Ok(journal) => {
                     let what = format!("{} (PID {}) died while working on {name}", journal.command, journal.owner.pid);
                     let act = match journal.operation {
-                        crate::journal::Operation::Create => "undoes that create, which was never reported as done",
-                        crate::journal::Operation::Destroy => "finishes that destroy",
-                        crate::journal::Operation::Suspend => "finishes that suspension, or takes it back",
+                        Operation::Create => "undoes that create, which was never reported as done",
+                        Operation::Destroy => "finishes that destroy",
+                        Operation::Suspend => "finishes that suspension, or takes it back",
                     };
                     Finding::new(Kind::DeadJournal, Some(name.as_str()), object, what).applies(Mend::Recover, act)
                 }

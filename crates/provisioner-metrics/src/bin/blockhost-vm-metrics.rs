@@ -59,27 +59,47 @@ enum Format {
 }
 
 impl Arguments {
-    /// The monitor's call is a name and nothing else; it need not pay for the parser.
-    fn read() -> Self {
+    /// The monitor's call is a name and nothing else; it need not pay for the parser. What is wrong with the arguments is
+    /// said in one line, as by all commands.
+    fn read() -> Result<Self, ExitCode> {
         let mut arguments = std::env::args_os().skip(1);
         if let (Some(name), None) = (arguments.next(), arguments.next())
             && let Some(Ok(name)) = name.to_str().map(VmName::new)
         {
-            return Self { name: Some(name), all: false, format: Format::Json };
+            return Ok(Self { name: Some(name), all: false, format: Format::Json });
         }
-        Self::parse()
+        Self::try_parse().map_err(|error| {
+            if !error.use_stderr() {
+                // With nobody to read the help there is nothing left to say.
+                let _ = error.print();
+                return ExitCode::from(exit::SUCCESS);
+            }
+            let text = error.render().to_string();
+            let reason = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+            let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+            complain(&format!("{reason} (hint: see {NAME} --help)"));
+            ExitCode::from(exit::USAGE)
+        })
     }
+}
+
+/// Says on stderr why there is no answer; others' text may be part of it.
+fn complain(reason: &str) {
+    let reason: String = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let _ = writeln!(io::stderr(), "{NAME}: error: {reason}");
 }
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let begun = clock::now();
-    let arguments = Arguments::read();
+    let arguments = match Arguments::read() {
+        Ok(arguments) => arguments,
+        Err(code) => return code,
+    };
     match run(&arguments, started, begun) {
         Ok(()) => ExitCode::from(exit::SUCCESS),
         Err(reason) => {
-            let reason: String = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-            let _ = writeln!(io::stderr(), "{NAME}: error: {reason}");
+            complain(&reason);
             ExitCode::from(exit::FAILURE)
         }
     }
