@@ -452,20 +452,20 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let address: Ipv6Addr = "fd00:1::2".parse().unwrap();
-        let ask = |name: &str, answer: Value, wanted: bool| {
+        let ask = |entry: Entry, name: &str, answer: Value, wanted: bool| {
             let socket = dir.path().join(name);
             let agent = root_agent::tests::agent(&socket, root_agent::encode(&answer).unwrap());
-            let result = Way::RootAgent(socket).change(Entry::Route, "br0", address, LIMIT, wanted);
+            let result = Way::RootAgent(socket).change(entry, "br0", address, LIMIT, wanted);
             (result, agent.join().unwrap())
         };
-        let (result, asked) = ask("a", json!({"ok": false, "error": "Invalid device"}), true);
+        let (result, asked) = ask(Entry::Route, "a", json!({"ok": false, "error": "Invalid device"}), true);
         assert_eq!(asked, json!({"action": "ip6-route-add", "params": {"address": "fd00:1::2/128", "dev": "br0"}}));
         let error = result.unwrap_err();
         assert!(
             error.kind == ErrorKind::Io && error.in_full().contains("the root agent refused: Invalid device"),
             "{error}"
         );
-        let (result, _) = ask("b", json!({"ok": true}), true);
+        let (result, _) = ask(Entry::Route, "b", json!({"ok": true}), true);
         assert!(result.unwrap_err().message.contains("was not"));
 
         Way::Direct.ensure(Entry::Route, "br0", address, LIMIT).unwrap();
@@ -473,10 +473,20 @@ mod tests {
         // What is there already needs no agent.
         nobody.ensure(Entry::Route, "br0", address, LIMIT).unwrap();
         assert_eq!(nobody.remove(Entry::Route, "br0", address, LIMIT).unwrap_err().kind, ErrorKind::Unavailable);
-        let (result, asked) = ask("c", json!({"ok": true}), false);
+        let (result, asked) = ask(Entry::Route, "c", json!({"ok": true}), false);
         assert_eq!(asked, json!({"action": "ip6-route-del", "params": {"address": "fd00:1::2/128", "dev": "br0"}}));
         assert!(result.is_err());
         Way::Direct.remove(Entry::Route, "br0", address, LIMIT).unwrap();
+
+        let neighbour = Entry::Neighbour([0x52, 0x54, 0, 0xa, 0xb, 0xc]);
+        let (_, asked) = ask(neighbour, "d", json!({"ok": false, "error": "no"}), true);
+        let parameters = json!({"address": "fd00:1::2", "mac": "52:54:00:0a:0b:0c", "dev": "br0"});
+        assert_eq!(asked, json!({"action": "virsh-neighbour-add", "params": parameters}));
+        Way::Direct.ensure(neighbour, "br0", address, LIMIT).unwrap();
+        nobody.ensure(neighbour, "br0", address, LIMIT).unwrap();
+        let (_, asked) = ask(neighbour, "e", json!({"ok": true}), false);
+        assert_eq!(asked, json!({"action": "virsh-neighbour-del", "params": {"address": "fd00:1::2", "dev": "br0"}}));
+        Way::Direct.remove(neighbour, "br0", address, LIMIT).unwrap();
         nobody.remove(Entry::Route, "br0", address, LIMIT).unwrap();
         assert_eq!(nobody.ensure(Entry::Route, "../x", address, LIMIT).unwrap_err().kind, ErrorKind::Invalid);
     }
