@@ -44,6 +44,9 @@ pub struct VmMemo {
     pub memory_used: Option<u64>,
     /// Until when its monitor is left alone.
     pub stuck_until: Option<u64>,
+    /// How often in a row it has not answered.
+    #[serde(default)]
+    pub silences: u32,
 }
 
 /// What the agent of a VM said last.

@@ -54,8 +54,9 @@ const AGENT_EVERY: u64 = 30 * SECOND;
 /// An agent's answer counts until the next one should be there.
 const AGENT_REMEMBERED: u64 = 90 * SECOND;
 
-/// How long the monitor of a VM that hung is left alone.
-const STUCK_FOR: u64 = 20 * SECOND;
+/// How long the monitor of a VM that did not answer is left alone, in nanoseconds: the first time, when the host may just have
+/// been busy, and at the most. It doubles each time.
+const STUCK_FOR: [u64; 2] = [2 * SECOND, 20 * SECOND];
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -278,6 +279,14 @@ impl Vm {
     }
 }
 
+impl VmMemo {
+    fn fell_silent(&mut self, now: u64) {
+        let [first, most] = STUCK_FOR;
+        self.stuck_until = Some(now + (first << self.silences.min(8)).min(most));
+        self.silences = self.silences.saturating_add(1);
+    }
+}
+
 /// The process a domain had the last time, if it still runs, or else the one it has now.
 fn process(name: &str, memo: &VmMemo) -> Option<Process> {
     let same = memo.run.and_then(|(pid, start)| Process::of(pid).filter(|process| process.run.start == start));
@@ -340,12 +349,14 @@ struct Wanted {
     describe: bool,
     /// Whether its monitor may be entered.
     monitor: bool,
+    /// Whether it did not answer the last time. Then it is asked alone, not to hold up the call for all once more.
+    suspect: bool,
     domain: Option<Domain>,
 }
 
 /// Asks QEMU's monitors for what only they know: first all in one call. One VM can hold up that call for all, when its QEMU
 /// hangs without having been stopped by a signal, or while libvirt is starting it. Then each is asked alone, and the one that
-/// does not answer is left alone for a while.
+/// does not answer is left alone for a while, the longer the more often.
 fn ask_monitors(vms: &mut [Vm], uri: &str, end: Instant) -> HashMap<String, Answer> {
     let now = clock::now();
     let mut wanted: Vec<Wanted> = Vec::new();
@@ -359,7 +370,8 @@ fn ask_monitors(vms: &mut [Vm], uri: &str, end: Instant) -> HashMap<String, Answ
         if worth {
             let describe = vm.memo.described.is_none();
             let (name, domain) = (vm.sample.name.clone(), vm.domain.clone());
-            wanted.push(Wanted { name, active, balloon, describe, monitor, domain });
+            let suspect = vm.memo.silences > 0;
+            wanted.push(Wanted { name, active, balloon, describe, monitor, suspect, domain });
         }
     }
     let mut answers = HashMap::new();
@@ -376,9 +388,13 @@ fn ask_monitors(vms: &mut [Vm], uri: &str, end: Instant) -> HashMap<String, Answ
         return answers;
     }
     let stuck = ask_alone(wanted, uri, end, &mut answers);
-    for vm in vms.iter_mut().filter(|vm| stuck.contains(&vm.sample.name)) {
-        tracing::debug!(domain = vm.name(), "its monitor does not answer");
-        vm.memo.stuck_until = Some(clock::now() + STUCK_FOR);
+    for vm in vms {
+        if stuck.contains(&vm.sample.name) {
+            tracing::debug!(domain = vm.name(), "its monitor does not answer");
+            vm.memo.fell_silent(clock::now());
+        } else if answers.get(vm.name()).is_some_and(|answer| answer.stats.block.is_some()) {
+            vm.memo.silences = 0;
+        }
     }
     answers
 }
@@ -386,7 +402,7 @@ fn ask_monitors(vms: &mut [Vm], uri: &str, end: Instant) -> HashMap<String, Answ
 /// One call for those whose memory is wanted and one for the others.
 fn ask_together(wanted: &[Wanted], limit: Instant, answers: &mut HashMap<String, Answer>) {
     let lists = [false, true].map(|balloon| {
-        let those = wanted.iter().filter(|vm| vm.balloon == balloon);
+        let those = wanted.iter().filter(|vm| vm.balloon == balloon && !vm.suspect);
         (balloon, those.filter_map(|vm| vm.domain.clone()).collect::<Vec<_>>())
     });
     let (send, receive) = mpsc::channel();
@@ -506,4 +522,22 @@ fn ask_agents(store: &Store, boot_id: &str, vms: &[Vm]) {
     due.sort_by_key(|(last, _, _)| *last);
     agents.vms.extend(guest::ask(due.into_iter().map(|(_, domain, run)| (domain, run)).collect()));
     agents.store(store, AGENTS);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_that_stays_silent_is_left_alone_for_longer_each_time() {
+        let mut memo = VmMemo::default();
+        let pauses: Vec<u64> = (0..40)
+            .map(|_| {
+                memo.fell_silent(7);
+                memo.stuck_until.unwrap_or_default() - 7
+            })
+            .collect();
+        assert_eq!(pauses[..5], [2, 4, 8, 16, 20].map(|seconds| seconds * SECOND));
+        assert!(pauses[5..].iter().all(|pause| *pause == 20 * SECOND));
+    }
 }
