@@ -64,15 +64,19 @@ impl FromStr for Timestamp {
 
     fn from_str(text: &str) -> Result<Self, InvalidTimestamp> {
         let refused = || InvalidTimestamp(text.chars().take(80).collect());
-        if let Ok(time) = text.parse::<jiff::Timestamp>() {
-            return Ok(Self::from_jiff(time));
-        }
-        let local: DateTime = text.parse().map_err(|_| refused())?;
-        // Only a time without any offset gets here as one; a date alone would mean midnight by accident.
-        if !text.contains(['T', 't', ' ']) {
+        let time = match text.parse::<jiff::Timestamp>() {
+            Ok(time) => time.to_zoned(TimeZone::UTC),
+            // Only a time without any offset is one here; a date alone would mean midnight by accident.
+            Err(_) if text.contains(['T', 't', ' ']) => {
+                let local: DateTime = text.parse().map_err(|_| refused())?;
+                local.to_zoned(TimeZone::UTC).map_err(|_| refused())?
+            }
+            Err(_) => return Err(refused()),
+        };
+        // Before that Python has no years, and no four digits say which.
+        if time.year() < 1 {
             return Err(refused());
         }
-        let time = local.to_zoned(TimeZone::UTC).map_err(|_| refused())?;
         Ok(Self::from_jiff(time.timestamp()))
     }
 }
@@ -127,8 +131,23 @@ mod tests {
 
     #[test]
     fn texts_that_are_no_time_are_refused() {
-        for text in ["", "never", "2026-01-02", "2026-13-01T00:00:00Z", "1763688709"] {
+        for text in [
+            "",
+            "never",
+            "2026-01-02",
+            "2026-13-01T00:00:00Z",
+            "1763688709",
+            "-001722-02-23T16:15:00Z",
+            "0000-12-31T23:59:59",
+        ] {
             assert!(text.parse::<Timestamp>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_first_and_the_last_year_read_back() {
+        for text in ["0001-01-01T00:00:00.000000+00:00", "9999-12-30T00:00:00.000000+00:00"] {
+            assert_eq!(text.parse::<Timestamp>().unwrap().to_string(), text);
         }
     }
 
