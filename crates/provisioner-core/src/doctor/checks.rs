@@ -438,8 +438,7 @@ fn ipv4_addresses(context: &Context) -> Outcome {
     let settings = context.settings()?;
     let pool = settings.require_ipv4_pool().map_err(|e| failed(Level::Fail, &e, "set ip_pool in db.yaml"))?;
     let document = readable(settings)?;
-    let mut used = used_addresses(&document);
-    used.extend(bridge::own_addresses().map_err(|e| failed(Level::Warn, &e, "ip address"))?);
+    let used = used_addresses(&document)?;
     let (mut total, mut free) = (0_usize, 0_usize);
     for address in pool.candidates() {
         total += 1;
@@ -458,13 +457,16 @@ fn readable(settings: &Settings) -> Result<Document, Verdict> {
     host_document(settings).map_err(|_| warn("not looked at: the database cannot be read", "see database"))
 }
 
-fn used_addresses(document: &Document) -> HashSet<IpAddr> {
+/// What a create passes over: what VMs have, and the host itself.
+fn used_addresses(document: &Document) -> Result<HashSet<IpAddr>, Verdict> {
+    let own = bridge::own_addresses().map_err(|e| failed(Level::Warn, &e, "ip address"))?;
     let listed = document.allocated().into_iter().filter_map(|entry| match entry {
         Entry::Address(address) => Some(address),
         Entry::Other(_) => None,
     });
     let records = document.raw_records().filter(|(_, record)| Document::stands_for_a_vm(record));
-    listed.chain(records.flat_map(|(_, record)| Document::addresses_of(record).unwrap_or_default())).collect()
+    let recorded = records.flat_map(|(_, record)| Document::addresses_of(record).unwrap_or_default());
+    Ok(listed.chain(recorded).chain(own).collect())
 }
 
 fn ipv6(context: &Context) -> Outcome {
@@ -476,7 +478,7 @@ fn ipv6(context: &Context) -> Outcome {
     let Some(pool) = &broker.ipv6_pool else { return Ok(ok("no IPv6 prefix is allocated to this host")) };
     let mut verdicts = Vec::new();
     let document = readable(settings)?;
-    let used = used_addresses(&document);
+    let used = used_addresses(&document)?;
     if !pool.candidates().any(|address| !used.contains(&address.into())) {
         verdicts.push(fail("no address of the IPv6 prefix is left", "widen start and end of ipv6_pool in db.yaml"));
     }
