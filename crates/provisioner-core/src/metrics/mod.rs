@@ -392,7 +392,7 @@ fn ask_monitors(vms: &mut [Vm], uri: &str, end: Instant) -> HashMap<String, Answ
         if stuck.contains(&vm.sample.name) {
             tracing::debug!(domain = vm.name(), "its monitor does not answer");
             vm.memo.fell_silent(clock::now());
-        } else if answers.get(vm.name()).is_some_and(|answer| answer.stats.block.is_some()) {
+        } else if !vm.is_stuck(now) && answers.contains_key(vm.name()) {
             vm.memo.silences = 0;
         }
     }
