@@ -1,5 +1,6 @@
 //! Waiting until a VM can be handed to its owner: the guest agent answers and the login user exists.
 
+use std::mem;
 use std::time::{Duration, Instant};
 
 use provisioner_contract::{LoginName, VmName};
@@ -28,7 +29,7 @@ const CLOUD_INIT_RESULT: &str = "/run/cloud-init/result.json";
 /// user, `Interrupted`, or libvirt's.
 pub fn wait_until_ready(host: &Host, name: &VmName, user: &LoginName, own_user_data: bool) -> Result<()> {
     let limit = Duration::from_secs(host.settings.libvirt.guest_ready_timeout_seconds);
-    let mut wait = Wait { host, name, deadline: Instant::now() + limit, domain: None };
+    let mut wait = Wait { host, name, deadline: Instant::now() + limit, domain: None, away: false };
     host.progress.phase("waiting for the guest agent");
     wait.until("its guest agent did not answer", &|domain| Ok(domain.agent_connected()? && domain.agent_answers(2)))?;
     host.progress.phase(&format!("waiting for the user {user} in the guest"));
@@ -61,17 +62,22 @@ struct Wait<'a> {
     deadline: Instant,
     /// Through the connection in use; none when that has been lost.
     domain: Option<Domain>,
+    /// Whether libvirt could not be asked the last time. It may already have been away when the wait began.
+    away: bool,
 }
 
 impl Wait<'_> {
     fn until(&mut self, otherwise: &str, ready: &dyn Fn(&Domain) -> Result<bool>) -> Result<()> {
         loop {
             self.host.cancel.check()?;
-            match self.look(ready) {
+            let looked = self.look(ready);
+            let was_away = mem::replace(&mut self.away, looked.is_err());
+            match looked {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 Err(error) if error.kind == ErrorKind::Unavailable && Instant::now() < self.deadline => {
-                    if self.domain.take().is_some() {
+                    self.domain = None;
+                    if !was_away {
                         self.host.progress.warn("libvirt went away while the VM boots; waiting for it to come back");
                     }
                 }
