@@ -22,6 +22,9 @@ const NAME: &str = "blockhost-vm-metrics";
 /// The monitor sets no limit and waits for all its VMs: after this time it gets what there is.
 const LIMIT: Duration = Duration::from_millis(1200);
 
+/// With less left of it no sample is begun: its answer would come too late, and it would only add to what keeps the host busy.
+const LEAST: Duration = Duration::from_millis(100);
+
 /// Print the metrics of a VM.
 ///
 /// Rates are those since the previous sample. One sample of all VMs serves every call of a second. -1 stands for what is
@@ -217,6 +220,9 @@ fn ask(store: &Store, question: &Question<'_>, deadline: Instant) -> Outcome {
                 && (question.answered_by(&text).is_some() || question.denied_by(&text))
             {
                 return Outcome::Text(text);
+            }
+            if deadline.saturating_duration_since(Instant::now()) < LEAST {
+                return Outcome::Late;
             }
             Some(lock)
         }
