@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, try_virsh, virsh};
+use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, try_virsh, virsh, wait_until};
 use serde_json::{Value, json};
 
 /// A consumer that takes the last line that begins with a brace.
@@ -153,13 +153,9 @@ fn ten_at_once_get_ten_addresses_and_an_eleventh_is_told_which_pool_is_empty() {
         .iter()
         .map(|vm| lab.command("blockhost-vm-create").args(lab.create_arguments(vm)).spawn().unwrap())
         .collect();
-    let mut seen_lock = false;
-    let end = Instant::now() + Duration::from_secs(2);
-    while Instant::now() < end {
-        seen_lock |= lab.provisioning_lock().exists();
-        thread::sleep(Duration::from_millis(10));
-    }
-    assert!(seen_lock, "engines look for provisioning.lock");
+    wait_until("provisioning.lock, which engines look for", Duration::from_secs(60), || {
+        lab.provisioning_lock().exists()
+    });
     let mut addresses: Vec<_> = children
         .into_iter()
         .map(|child| tagged_object(&finish(child).success().stdout)["ip"].as_str().unwrap().to_owned())

@@ -296,5 +296,5 @@ fn a_frozen_qemu_is_destroyed_too() {
     output("kill", &["-STOP", &pid]);
     lab.destroy(&vm).success();
     lab.assert_no_traces("after destroying a frozen one");
-    wait_until("its QEMU to end", Duration::from_secs(5), || !Path::new(&format!("/proc/{pid}")).exists());
+    wait_until("its QEMU to end", Duration::from_secs(60), || !Path::new(&format!("/proc/{pid}")).exists());
 }

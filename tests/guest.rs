@@ -19,7 +19,7 @@ const EXEC: &str = "blockhost-vm-guest-exec";
 const GECOS: &str = "blockhost-vm-update-gecos";
 
 /// What `quick` allows: libvirt alone would wait for longer than 30 s where nothing answers.
-const QUICK: Duration = Duration::from_secs(12);
+const QUICK: Duration = Duration::from_secs(24);
 
 fn exec(lab: &Lab, vm: &str, words: &[&str]) -> Outcome {
     let mut all = vec![vm];
@@ -151,27 +151,36 @@ fn a_guest_that_cannot_answer_is_given_up_soon() {
     let vm = lab.name("mute");
     lab.create(&vm).success();
 
-    // The agent restarts in the middle: it knows nothing of what it had started.
-    let child = set_off(&lab, &vm, "touch /tmp/one; sleep 300");
-    wait_for_file(&vm, "/tmp/one");
-    let begin = Instant::now();
-    exec(&lab, &vm, &["killall qemu-ga; sleep 300"]).fails_with(1).says("may still be running");
-    let lost = finish(child).fails_with(1).says("may still be running");
-    assert!(lost.reason().contains("no longer knows the command") && begin.elapsed() < QUICK, "{lost:?}");
-    assert_eq!(exec(&lab, &vm, &["echo again"]).success().stdout, "again\n");
+    // The agent restarts in the middle: it knows nothing of what it had started. On a busy machine it may be away for so long
+    // that nothing more is expected of it.
+    let told = (0..3).any(|_| {
+        let child = set_off(&lab, &vm, "touch /tmp/one; sleep 300");
+        wait_for_file(&vm, "/tmp/one");
+        let begin = Instant::now();
+        exec(&lab, &vm, &["killall qemu-ga; sleep 300"]).fails_with(1).says("may still be running");
+        let lost = finish(child).fails_with(1).says("may still be running");
+        assert!(begin.elapsed() < QUICK, "{lost:?}");
+        wait_until("the agent to be back", Duration::from_secs(60), || {
+            exec(&lab, &vm, &["rm /tmp/one"]).code == Some(0)
+        });
+        lost.reason().contains("no longer knows the command")
+    });
+    assert!(told, "nothing tells that the agent has restarted");
 
     // The agent hangs.
     let hang = json!({"execute": "guest-exec", "arguments": {"path": "/bin/sh", "arg":
-        ["-c", "sleep 1; killall -STOP qemu-ga; sleep 16; killall -CONT qemu-ga"]}});
+        ["-c", "sleep 1; killall -STOP qemu-ga; sleep 28; killall -CONT qemu-ga"]}});
     agent(&vm, &hang);
-    thread::sleep(Duration::from_secs(2));
+    thread::sleep(Duration::from_secs(5));
     both_fail_soon(&lab, &vm, "does not answer");
     wait_until("the agent to go on", Duration::from_secs(60), || exec(&lab, &vm, &["true"]).code == Some(0));
     // No agent at all.
     let stop = json!({"execute": "guest-exec", "arguments": {"path": "/bin/sh", "arg":
-        ["-c", "mv /bin/qemu-ga /bin/away; killall qemu-ga; sleep 14; mv /bin/away /bin/qemu-ga"]}});
+        ["-c", "mv /bin/qemu-ga /bin/away; killall qemu-ga; sleep 28; mv /bin/away /bin/qemu-ga"]}});
     agent(&vm, &stop);
-    thread::sleep(Duration::from_secs(1));
+    wait_until("the channel to be closed", Duration::from_secs(15), || {
+        virsh(&["dumpxml", &vm]).contains("state='disconnected'")
+    });
     both_fail_soon(&lab, &vm, "no guest agent runs");
     wait_until("the agent to be back", Duration::from_secs(60), || exec(&lab, &vm, &["true"]).code == Some(0));
 
@@ -189,7 +198,7 @@ fn a_guest_that_cannot_answer_is_given_up_soon() {
     let begin = Instant::now();
     both_fail_soon(&lab, &vm, "is paused");
     finish(child).fails_with(1).says("paused during the command");
-    assert!(begin.elapsed() < 2 * QUICK, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < QUICK, "{:?}", begin.elapsed());
     virsh(&["resume", &vm]);
     wait_until("the guest to go on", Duration::from_secs(60), || exec(&lab, &vm, &["true"]).code == Some(0));
 
@@ -249,12 +258,12 @@ fn an_agent_that_lies_is_not_believed() {
     lab.create(&vm).success();
     in_guest(&vm, LIES);
     agent(&vm, &json!({"execute": "guest-exec", "arguments": {"path": "/bin/sh", "arg": ["-c", LIAR]}}));
-    thread::sleep(Duration::from_secs(3));
+    thread::sleep(Duration::from_secs(6));
     let refused = |why: &str| {
         let begin = Instant::now();
         let outcome = exec(&lab, &vm, &["true"]).fails_with(1).says(why);
         assert!(!outcome.stderr.contains('\u{1b}') && outcome.stderr.lines().count() == 1, "{outcome:?}");
-        assert!(begin.elapsed() < 2 * QUICK, "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < QUICK, "{:?}", begin.elapsed());
     };
     refused("no process id");
     refused("no process id");
@@ -315,5 +324,5 @@ fn only_whole_vms_of_ours_are_talked_to() {
     fs::write(lab.database(), "{").unwrap();
     let begin = Instant::now();
     lab.run(EXEC, &[&legacy, "true"]).fails_with(1);
-    assert!(begin.elapsed() < 2 * QUICK);
+    assert!(begin.elapsed() < QUICK);
 }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, Outcome, agent, binary, finish, in_guest, output, virsh};
+use common::{Guest, Lab, Outcome, agent, binary, finish, in_guest, output, try_virsh, virsh, wait_until};
 use serde_json::{Value, json};
 
 const PROGRAM: &str = "blockhost-vm-metrics";
@@ -66,11 +66,32 @@ fn check(value: &Value) {
     }
 }
 
+/// Asks again where libvirt did not take the connection in the time there is: a machine that is busy elsewhere shows nothing.
+fn asked(lab: &Lab, arguments: &[&str]) -> Outcome {
+    let late = |outcome: &Outcome| outcome.code == Some(1) && outcome.stderr.contains("no answer within");
+    let mut outcome = lab.run(PROGRAM, arguments);
+    for _ in 0..10 {
+        if !late(&outcome) {
+            break;
+        }
+        outcome = lab.run(PROGRAM, arguments);
+    }
+    outcome
+}
+
+/// The metrics of a VM whose state is known: that it is not says only that nothing came in the time there is, and is asked again.
 #[track_caller]
 fn measure(lab: &Lab, vm: &str) -> Value {
-    let outcome = lab.run(PROGRAM, &[vm]).success();
-    assert_eq!(outcome.stdout.lines().count(), 1, "{outcome:?}");
-    strict(&outcome.stdout)
+    let mut metrics = Value::Null;
+    for _ in 0..10 {
+        let outcome = asked(lab, &[vm]).success();
+        assert_eq!(outcome.stdout.lines().count(), 1, "{outcome:?}");
+        metrics = strict(&outcome.stdout);
+        if metrics["state"] != "unknown" {
+            break;
+        }
+    }
+    metrics
 }
 
 /// Measures when the last sample has become too old to answer.
@@ -131,12 +152,11 @@ fn every_state_of_a_vm_is_a_valid_object() {
     create(&lab, &vm);
 
     // Just created: nothing is known from before, and nothing is absurd.
-    let first = measure(&lab, &vm);
-    assert_eq!(
-        (&first["state"], &first["cpu_count"], &first["memory_total_mb"]),
-        (&json!("running"), &json!(2), &json!(192))
-    );
-    assert_eq!(first["disk_total_mb"], 4096);
+    measure(&lab, &vm);
+    eventually(&lab, &vm, "its sizes", |m| {
+        let sizes = ["cpu_count", "memory_total_mb", "disk_total_mb"].map(|key| m[key].as_i64().unwrap());
+        m["state"] == "running" && sizes == [2, 192, 4096]
+    });
     let known = eventually(&lab, &vm, "the agent's facts", |m| m["guest_agent_responsive"] == true);
     assert!(known["disk_used_mb"].as_i64().unwrap() >= 0 && known["net_connections"].as_i64().unwrap() >= 0, "{known}");
     let used = known["memory_used_mb"].as_i64().unwrap();
@@ -162,12 +182,15 @@ fn every_state_of_a_vm_is_a_valid_object() {
     eventually(&lab, &vm, "thawed", |m| m["disk_read_iops"].as_i64().unwrap() >= 0);
 
     // An agent whose process is stopped: its facts are old at most half a minute, and nobody waits for it.
-    let stop = json!({"execute": "guest-exec", "arguments": {"path": "/bin/sh", "arg": ["-c", "kill -STOP $(pidof qemu-ga)"]}});
+    let stop = json!({"execute": "guest-exec", "arguments": {"path": "/bin/sh", "arg": ["-c", "sleep 1; kill -STOP $(pidof qemu-ga)"]}});
     agent(&vm, &stop);
-    thread::sleep(Duration::from_secs(1));
+    wait_until("the agent to hang", Duration::from_secs(60), || {
+        try_virsh(&["qemu-agent-command", &vm, "{\"execute\": \"guest-ping\"}", "--timeout", "2"]).is_none()
+    });
     fs::remove_file(metrics_file(&lab, "agents.json")).unwrap();
-    let hung = eventually(&lab, &vm, "hung agent", |m| m["guest_agent_responsive"] == false);
-    assert_eq!((&hung["state"], &hung["disk_used_mb"]), (&json!("running"), &json!(-1)));
+    eventually(&lab, &vm, "hung agent", |m| {
+        m["guest_agent_responsive"] == false && m["state"] == "running" && m["disk_used_mb"] == -1
+    });
 
     // Booting, with counters that began again at zero.
     lab.run("blockhost-vm-kill", &[&vm]).success();
@@ -197,21 +220,28 @@ fn a_frozen_qemu_costs_the_others_nothing() {
     let (well, ill) = (lab.name("well"), lab.name("ill"));
     create(&lab, &well);
     create(&lab, &ill);
-    measure(&lab, &well);
     let group = fs::read_to_string(format!("/proc/{}/cgroup", pid(&ill))).unwrap();
-    {
+    let counted = |metrics: &Value| metrics["disk_read_iops"].as_i64().unwrap() >= 0;
+    let attempt = || -> Result<(), String> {
+        for vm in [&well, &ill] {
+            eventually(&lab, vm, "its counters", counted);
+        }
         // Not by a signal, which would show: by the freezer, so that its monitor simply never answers.
         let _frozen = Freezer::new(&group);
         for _ in 0..4 {
-            let metrics = measure_anew(&lab, &well);
-            assert!(metrics["disk_read_iops"].as_i64().unwrap() >= 0, "{metrics}");
-            assert_eq!(metrics["state"], "running");
-            let metrics = measure(&lab, &ill);
-            assert_eq!((&metrics["state"], &metrics["disk_read_iops"]), (&json!("running"), &json!(-1)), "{metrics}");
+            for (vm, found) in [(&well, measure_anew(&lab, &well)), (&ill, measure(&lab, &ill))] {
+                if found["state"] != "running" || counted(&found) != (vm == &well) {
+                    return Err(format!("{vm}: {found}"));
+                }
+            }
         }
-    }
+        Ok(())
+    };
+    // A machine that is busy elsewhere may make a monitor miss its time.
+    let failures: Vec<_> = (0..3).map_while(|_| attempt().err()).collect();
+    assert!(failures.len() < 3, "{failures:#?}");
     eventually(&lab, &ill, "thawed", |m| m["disk_read_iops"].as_i64().unwrap() >= 0);
-    let all: Value = serde_json::from_str(&lab.run(PROGRAM, &["--all"]).success().stdout).unwrap();
+    let all: Value = serde_json::from_str(&asked(&lab, &["--all"]).success().stdout).unwrap();
     for vm in [&well, &ill] {
         check(&all[vm]);
     }
@@ -290,7 +320,7 @@ fn round(lab: &Lab, vms: &[String]) -> (Duration, Vec<Value>) {
     let begun = Instant::now();
     let ask = || {
         let mine = || Some(next.fetch_add(1, Ordering::SeqCst)).filter(|i| *i < vms.len());
-        std::iter::from_fn(mine).map(|i| (i, lab.run(PROGRAM, &[&vms[i]]))).collect::<Vec<_>>()
+        std::iter::from_fn(mine).map(|i| (i, asked(lab, &[&vms[i]]))).collect::<Vec<_>>()
     };
     let mut answers = thread::scope(|scope| {
         let other = scope.spawn(ask);
@@ -401,6 +431,15 @@ fn a_sample_that_is_none_only_costs_a_new_one() {
     assert_eq!(measure(&lab, &vm)["state"], "running");
 }
 
+/// A mount that a failing test does not leave.
+struct Mounted<'a>(&'a str);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["-l", self.0]).status();
+    }
+}
+
 #[test]
 fn an_answer_comes_where_nothing_can_be_kept() {
     let lab = Lab::new(Guest::Small);
@@ -409,24 +448,16 @@ fn an_answer_comes_where_nothing_can_be_kept() {
     let dir = lab.state().join("metrics");
     let path = dir.to_str().unwrap();
     output("mount", &["-t", "tmpfs", "-o", "size=64k,mode=755", "none", path]);
-    let results = [
-        {
-            // A full disk.
-            let filling = fs::write(dir.join("filler"), vec![1; 1 << 20]);
-            assert!(filling.is_err());
-            lab.run(PROGRAM, &[&vm])
-        },
-        {
-            // The sampler may still be asking the agent, with its lock open.
-            thread::sleep(Duration::from_secs(3));
-            output("mount", &["-o", "remount,ro", path]);
-            lab.run(PROGRAM, &[&vm])
-        },
-    ];
-    output("umount", &["-l", path]);
-    for outcome in results {
-        assert_eq!(strict(&outcome.success().stdout)["state"], "running");
-    }
+    let mounted = Mounted(path);
+    // A full disk.
+    assert!(fs::write(dir.join("filler"), vec![1; 1 << 20]).is_err());
+    assert_eq!(measure(&lab, &vm)["state"], "running");
+    // The sampler may still be asking the agent, with its lock open.
+    wait_until("the directory to be nobody's", Duration::from_secs(60), || {
+        Command::new("mount").args(["-o", "remount,ro", path]).output().unwrap().status.success()
+    });
+    assert_eq!(measure(&lab, &vm)["state"], "running");
+    drop(mounted);
     // Something else has its name.
     fs::remove_dir_all(&dir).unwrap();
     fs::write(&dir, "").unwrap();
@@ -457,6 +488,7 @@ fn two_hundred_at_once_are_all_answered_from_a_few_samples() {
     create(&lab, &vms[1]);
     lab.run("blockhost-vm-kill", &[&vms[1]]).success();
     let (program, count) = counted(&lab);
+    let mut late = 0;
     let started = Instant::now();
     let children: Vec<_> = (0..200)
         .map(|i| {
@@ -475,12 +507,13 @@ fn two_hundred_at_once_are_all_answered_from_a_few_samples() {
     for (index, child) in children {
         let outcome: Outcome = finish(child).success();
         let state = strict(&outcome.stdout)["state"].clone();
+        late += usize::from(state == "unknown");
         assert!(state == ["running", "stopped"][index] || state == "unknown", "{outcome:?}");
     }
     let took = started.elapsed();
     let samples = fs::read_to_string(&count).unwrap().lines().count();
-    // One a second, however many ask.
-    assert!(samples as u64 <= took.as_secs() + 2, "{samples} samples in {took:?}");
+    // One a second, however many ask; and another where the machine is so busy that one took longer than its caller waits.
+    assert!(samples as u64 <= took.as_secs() + 2 + (late as u64).min(10), "{samples} samples in {took:?}, {late} late");
     // No temporary file is left, and none has a name that two could share.
     thread::sleep(Duration::from_secs(2));
     let mut names: Vec<_> =
@@ -552,10 +585,17 @@ fn the_figures_agree_with_a_load_of_known_size() {
     create(&lab, &vm);
     measure(&lab, &vm);
     let exposition = || {
-        thread::sleep(Duration::from_millis(1100));
-        let text = lab.run(PROGRAM, &[&vm, "--format", "openmetrics"]).success().stdout;
-        assert!(text.ends_with("# EOF\n"), "{text}");
-        text
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            thread::sleep(Duration::from_millis(1100));
+            let text = asked(&lab, &[&vm, "--format", "openmetrics"]).success().stdout;
+            assert!(text.ends_with("# EOF\n"), "{text}");
+            // What a monitor did not say in time is left out.
+            if ["blockhost_vm_disk_read_bytes_total{", "blockhost_vm_vcpus{"].iter().all(|name| text.contains(name)) {
+                return text;
+            }
+            assert!(Instant::now() < end, "{text}");
+        }
     };
     let near = |measured: f64, real: f64| assert!((measured / real - 1.0).abs() < 0.1, "{measured} for {real}");
 
@@ -620,13 +660,18 @@ fn a_busy_vcpu_shows_as_one_and_nothing_is_started_in_the_guest() {
         fields[12].parse::<f64>().unwrap() + fields[13].parse::<f64>().unwrap()
     };
     thread::sleep(Duration::from_secs(2));
-    measure(&lab, &vm);
-    let (started, before) = (Instant::now(), ticks());
-    thread::sleep(Duration::from_secs(4));
-    let metrics = measure(&lab, &vm);
-    let real = (ticks() - before) / started.elapsed().as_secs_f64();
-    let shown = metrics["cpu_percent"].as_f64().unwrap();
-    // 100 where the host is idle enough to give the vCPU a CPU of its own; what the kernel gave it in any case.
-    assert!((shown - real).abs() < 10.0, "{shown} shown, {real} used");
-    assert!(real < 112.0, "one of two vCPUs is busy: {real}");
+    let attempt = || -> Result<(), String> {
+        measure_anew(&lab, &vm);
+        let (started, before) = (Instant::now(), ticks());
+        thread::sleep(Duration::from_secs(4));
+        let metrics = measure(&lab, &vm);
+        let real = (ticks() - before) / started.elapsed().as_secs_f64();
+        let shown = metrics["cpu_percent"].as_f64().unwrap();
+        // 100 where the host is idle enough to give the vCPU a CPU of its own; what the kernel gave it in any case.
+        let agree = (shown - real).abs() < 10.0 && real < 112.0;
+        if agree { Ok(()) } else { Err(format!("{shown} shown, {real} used, by one busy of two vCPUs")) }
+    };
+    // A machine that is busy elsewhere may let much time pass between the two looks.
+    let failures: Vec<_> = (0..3).map_while(|_| attempt().err()).collect();
+    assert!(failures.len() < 3, "{failures:#?}");
 }

@@ -129,7 +129,7 @@ fn a_vm_of_the_earlier_provisioner_obeys() {
     // Whether QEMU died by itself makes no difference to a start.
     lab.succeeds("start", &vm);
     output("kill", &["-KILL", &qemu_pid(&vm)]);
-    wait_until("libvirt to notice", Duration::from_secs(5), || state(&vm) == "shut off");
+    wait_until("libvirt to notice", Duration::from_secs(60), || state(&vm) == "shut off");
     lab.succeeds("start", &vm);
     assert_eq!(lab.status(&vm), "active");
 }
@@ -169,7 +169,7 @@ fn a_frozen_qemu_is_not_waited_for_for_ever() {
         assert!(failed.reason().contains(vm) && failed.reason().contains("still runs"), "{failed:?}");
         assert!(failed.reason().contains("blockhost-vm-kill"), "{failed:?}");
     }
-    assert!(begin.elapsed() < Duration::from_secs(50), "stop took {:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(58), "stop took {:?}", begin.elapsed());
     assert_eq!(state(&deaf), "running");
 
     let begin = Instant::now();

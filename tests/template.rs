@@ -105,7 +105,7 @@ fn killed_or_stopped_in_the_middle_a_build_leaves_the_old_template_and_nothing_e
         wait_until("the build to be under way", Duration::from_secs(120), busy);
         // A second build waits for the first, and is told to stop while it does.
         let second = lab.command("blockhost-build-template").arg("--from-packages").spawn().unwrap();
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_secs(5));
         output("kill", &["-TERM", &second.id().to_string()]);
         finish(second).fails_with(1).says("stopped by a signal");
         assert_eq!(staging().len(), 1);

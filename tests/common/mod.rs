@@ -590,9 +590,25 @@ pub fn greeting(address: &str, port: u16, limit: Duration) -> String {
 }
 
 /// Asks the guest agent, as virsh does.
+#[track_caller]
 pub fn agent(vm: &str, request: &Value) -> Value {
-    let answer = virsh(&["qemu-agent-command", vm, &request.to_string()]);
-    serde_json::from_str::<Value>(&answer).unwrap()["return"].clone()
+    let ask = || {
+        Command::new("virsh")
+            .args(["-q", "-c", "qemu:///system", "qemu-agent-command", vm, &request.to_string()])
+            .output()
+            .unwrap()
+    };
+    let mut answer = ask();
+    for _ in 0..5 {
+        // Before the command libvirt asks whether the agent listens, and waits 5 s for that, which a busy host may take. Then
+        // the command was not sent.
+        if !String::from_utf8_lossy(&answer.stderr).contains("agent not available for now") {
+            break;
+        }
+        answer = ask();
+    }
+    assert!(answer.status.success(), "{answer:?}");
+    serde_json::from_slice::<Value>(&answer.stdout).unwrap()["return"].clone()
 }
 
 /// Runs a shell command in the guest and returns its stdout.

@@ -369,11 +369,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("late");
         let started = Instant::now();
-        let error = sh(&format!("sleep 3; touch {}", file.display()))
+        let error = sh(&format!("sleep 8; touch {}", file.display()))
             .run_within("cannot try", Duration::from_millis(200), &Cancel::default())
             .unwrap_err();
-        assert_eq!((error.kind, started.elapsed() < Duration::from_secs(3)), (ErrorKind::TimedOut, true));
-        thread::sleep(Duration::from_millis(3300).saturating_sub(started.elapsed()));
+        assert_eq!((error.kind, started.elapsed() < Duration::from_secs(8)), (ErrorKind::TimedOut, true));
+        thread::sleep(Duration::from_millis(8300).saturating_sub(started.elapsed()));
         assert!(!file.exists());
         let output = sh("echo out").run_within("cannot try", Duration::from_secs(60), &Cancel::default()).unwrap();
         assert_eq!(output, b"out\n");

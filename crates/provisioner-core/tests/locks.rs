@@ -186,7 +186,7 @@ fn among_many_waiters_in_the_kernels_queue_ours_gets_its_turn() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("db.lock");
     // Each takes the lock again at once: a poller would never find it free.
-    let script = "import fcntl,sys,time\nend=time.time()+3\nwhile time.time()<end:\n with open(sys.argv[1],'a') as f:\n  fcntl.flock(f,fcntl.LOCK_EX)\n  time.sleep(0.02)";
+    let script = "import fcntl,sys,time\nend=time.time()+8\nwhile time.time()<end:\n with open(sys.argv[1],'a') as f:\n  fcntl.flock(f,fcntl.LOCK_EX)\n  time.sleep(0.02)";
     let mut greedy: Vec<_> =
         (0..8).map(|_| Command::new("python3").args(["-c", script]).arg(&path).spawn().unwrap()).collect();
     std::thread::sleep(Duration::from_millis(800));
