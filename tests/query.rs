@@ -187,7 +187,7 @@ fn a_database_that_cannot_be_read_is_said_to_be() {
     }
 }
 
-/// One of the engines rewrites the file in place, without a lock: most reads find it torn.
+/// One of the engines rewrites the file in place, without a lock: many reads find it torn.
 #[test]
 fn a_rewrite_in_place_never_looks_like_an_empty_database() {
     let lab = Lab::new(Guest::Blank);
