@@ -174,17 +174,14 @@ fn a_vm_that_is_ready_survives_the_loss_of_libvirt() {
     proxy.restore();
     assert_eq!(lab.run_by(&proxy, "blockhost-vm-status", &[&vm]).stdout, "active\n");
 
-    // It boots on without libvirt, which is away when the wait for it begins, and perhaps once more; it is ready when libvirt is back.
+    // It boots on without libvirt, which is away from when the wait for it begins, as is said, and is ready when libvirt is back. A
+    // connection that is lost in the middle of the wait is tests/hostvm's to show.
     let second = lab.name("second");
     let mut command = lab.command_by(&proxy, "blockhost-vm-create", &lab.create_arguments(&second));
     let parked = lab.park_with("create.route", &mut command);
     proxy.cut();
     let child = parked.go();
     thread::sleep(Duration::from_secs(3));
-    proxy.restore();
-    thread::sleep(Duration::from_secs(1));
-    proxy.cut();
-    thread::sleep(Duration::from_secs(1));
     proxy.restore();
     let made = finish(child).success();
     assert!(made.stderr.contains("libvirt went away"), "{made:?}");
