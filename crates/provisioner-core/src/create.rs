@@ -769,7 +769,7 @@ pub(crate) fn undo(host: &Host, journal: &Journal) -> Result<()> {
         document.release_addresses(name, journal.ipv4, journal.ipv6, &|address| claims.contain(address))
     })?;
     failpoint::hit("undo.address")?;
-    Journal::remove(&host.dirs, name)
+    removal::conclude(host, journal)
 }
 
 #[cfg(test)]

@@ -220,7 +220,7 @@ fn finish_with(host: &Host, connection: &Connection, journal: &Journal) -> Resul
         host.progress.warn(&format!("something of {name} stays: {}", error.in_full()));
     }
     failpoint::hit("destroy.files")?;
-    Journal::remove(&host.dirs, name)
+    removal::conclude(host, journal)
 }
 
 #[cfg(test)]

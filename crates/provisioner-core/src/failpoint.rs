@@ -11,8 +11,15 @@ pub fn hit(_name: &str) -> crate::Result<()> {
     Ok(())
 }
 
+/// A limit of time, or the one a test has set in its place.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+pub fn limit(_name: &str, usual: std::time::Duration) -> std::time::Duration {
+    usual
+}
+
 #[cfg(feature = "failpoints")]
-pub use armed::{arm, hit};
+pub use armed::{arm, hit, limit};
 
 #[cfg(feature = "failpoints")]
 mod armed {
@@ -27,7 +34,7 @@ mod armed {
     static ARMED: OnceLock<Vec<(String, String)>> = OnceLock::new();
 
     /// Arms points, separated by `;`: `NAME=ACTION`, the action one of `kill` (SIGKILL), `term`, `int`, `hup` (the signal, twice), `error`, or
-    /// `wait:FILE` (touch `FILE.reached`, go on when FILE exists).
+    /// `wait:FILE` (touch `FILE.reached`, go on when FILE exists). For a limit of time the action is its seconds.
     pub fn arm(spec: &str) {
         let points = spec.split(';').filter_map(|point| point.split_once('='));
         let _ = ARMED.set(points.map(|(name, action)| (name.to_owned(), action.to_owned())).collect());
@@ -57,6 +64,12 @@ mod armed {
             }
         }
         Ok(())
+    }
+
+    /// A limit of time, or the one that is armed in its place.
+    pub fn limit(name: &str, usual: Duration) -> Duration {
+        let armed = ARMED.get().and_then(|all| all.iter().find(|(armed, _)| armed == name));
+        armed.and_then(|(_, seconds)| seconds.parse().ok()).map_or(usual, Duration::from_secs)
     }
 
     /// The signal comes to a thread of its own; the point is passed only when it has had time to be seen.

@@ -7,7 +7,7 @@
 //!
 //! Both lists are made at the start: a VM suspended in this run is destroyed in a later one at the earliest.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -18,12 +18,13 @@ use crate::cancel::Cancel;
 use crate::child::{self, CommandExt as _};
 use crate::database::{Database, Document};
 use crate::host::Host;
-use crate::journal::{Journal, Operation};
+use crate::journal::{Journal, Operation, PoolVolume};
 use crate::libvirt::{Connection, Domain, DomainState, bounded};
 use crate::lock::VmLock;
 use crate::ownership::{self, OwnDomain};
 use crate::power::{self, Held};
-use crate::{Error, ErrorKind, Result, destroy, durable, failpoint, metrics, recovery};
+use crate::recovery::{self, Returned};
+use crate::{Error, ErrorKind, Result, destroy, durable, failpoint, metrics, tombstone};
 
 /// How long another command on a VM is waited for. It may be a create, or another collection: then it is that one's.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -338,6 +339,65 @@ impl Run<'_> {
             found.push((name, why));
         }
         self.each(|report| &mut report.recover, found, |run, name, why| run.finish(name, why));
+        // The other VMs can be judged all the same.
+        if let Err(error) = self.clear_late() {
+            self.host.progress.warn(&format!("what came back of removed VMs is not cleared: {}", error.in_full()));
+        }
+        Ok(())
+    }
+
+    /// Removes what has come back of VMs that are gone. What nobody can send any more is forgotten.
+    fn clear_late(&mut self) -> Result<()> {
+        let host = self.host;
+        if self.request.execute {
+            tombstone::prune(&host.dirs, self.rules.now)?;
+        }
+        let stones = tombstone::all(&host.dirs)?;
+        if stones.is_empty() || self.report.stopped.is_some() {
+            return Ok(());
+        }
+        let uri = host.uri.clone();
+        let pools: BTreeSet<_> =
+            stones.iter().flat_map(|stone| &stone.volumes).map(|volume| volume.pool.clone()).collect();
+        let ask = move || -> Result<_> {
+            let connection = Connection::open(&uri)?;
+            let mut volumes = BTreeSet::new();
+            for pool in pools {
+                // A pool that is gone, or off, brings nothing back.
+                let Ok(open) = connection.pool(&pool) else { continue };
+                let _ = open.refresh();
+                volumes.extend(open.volumes()?.into_iter().map(|name| PoolVolume { pool: pool.clone(), name }));
+            }
+            Ok((connection.domain_uuids()?, volumes))
+        };
+        let (domains, volumes) = bounded(LIST_LIMIT, "cannot ask libvirt what there is", ask)??;
+        let document = host.database().read()?;
+        let live = |name: &VmName| document.raw_record(name).is_some_and(Document::stands_for_a_vm);
+        let returned = recovery::returned(stones, &domains, live, |volume| volumes.contains(volume));
+        let found = returned
+            .into_iter()
+            .map(|Returned { stone, what }| (stone.vm_name, format!("{what} came back after the VM was removed")))
+            .collect();
+        self.each(
+            |report| &mut report.recover,
+            found,
+            |run, name, why| {
+                if !run.request.execute {
+                    return Ok(Dealt::Done(format!("would be removed: {why}")));
+                }
+                let held = match run.hold(name)? {
+                    Ok(held) => held,
+                    Err(why) => return Ok(Dealt::Skipped(why)),
+                };
+                if Journal::load(&run.host.dirs, name)?.is_some() {
+                    return Ok(Dealt::Skipped("a command is at it".into()));
+                }
+                match recovery::clear_late(run.host, name, held.lock())?.as_slice() {
+                    [] => Ok(Dealt::Skipped("it has gone by now".into())),
+                    removed => Ok(Dealt::Done(format!("removed {}: {why}", removed.join(", ")))),
+                }
+            },
+        );
         Ok(())
     }
 

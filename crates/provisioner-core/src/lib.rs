@@ -39,5 +39,6 @@ pub mod seed;
 pub mod settings;
 pub mod template;
 pub mod throttle;
+pub mod tombstone;
 
 pub use error::{Error, ErrorKind, Result};

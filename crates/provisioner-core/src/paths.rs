@@ -51,6 +51,12 @@ impl Directories {
         self.state.join("journal")
     }
 
+    /// One [tombstone](crate::tombstone) per VM that was destroyed, or whose create was undone, in the last weeks.
+    #[must_use]
+    pub fn tombstones(&self) -> PathBuf {
+        self.state.join("destroyed")
+    }
+
     /// Whether hardware virtualisation was found to work.
     #[must_use]
     pub fn kvm_answer(&self) -> PathBuf {

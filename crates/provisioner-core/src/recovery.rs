@@ -1,25 +1,89 @@
 //! Finishing what a dead process began. Whoever holds a VM's lock and finds its journal knows that the writer is
 //! dead: a living one would hold the lock.
 
+use std::collections::HashMap;
+
 use provisioner_contract::VmName;
 
 use crate::host::Host;
-use crate::journal::{Journal, Operation};
+use crate::journal::{Journal, Operation, PoolVolume};
 use crate::lock::{ProvisioningLock, VmLock};
-use crate::{Error, Result, create, destroy, durable, gc};
+use crate::{Error, Result, create, destroy, durable, gc, removal, tombstone};
 
 /// Undoes a create, or finishes a destroy or suspension, that died on `name`. The caller holds the VM's lock.
 ///
 /// # Errors
 /// When that cannot be done now; the journal stays for the next try.
-pub fn recover(host: &Host, name: &VmName, _lock: &VmLock) -> Result<()> {
+pub fn recover(host: &Host, name: &VmName, lock: &VmLock) -> Result<()> {
     sweep(host);
-    let Some(journal) = Journal::load(&host.dirs, name)? else { return Ok(()) };
+    let Some(journal) = Journal::load(&host.dirs, name)? else {
+        // The command itself says what stands in its way.
+        if let Err(error) = clear_late(host, name, lock) {
+            host.progress.warn(&format!("what came late of an earlier {name} is not cleared: {}", error.in_full()));
+        }
+        return Ok(());
+    };
     host.progress
         .note(&format!("finishing what {} (PID {}) left of {name} when it died", journal.command, journal.owner.pid));
     finish(host, &journal).map_err(|error| {
         Error::new(error.kind, format!("cannot clear what a dead command left of {name}")).because(error)
     })
+}
+
+/// Removes what has come back of VMs called `name` that were destroyed, or whose create was undone, and returns what that was.
+/// There is no journal of that name.
+///
+/// # Errors
+/// When libvirt cannot be asked or refuses.
+pub(crate) fn clear_late(host: &Host, name: &VmName, _lock: &VmLock) -> Result<Vec<String>> {
+    let stones = tombstone::of(&host.dirs, name)?;
+    let mut cleared = Vec::new();
+    if stones.is_empty() {
+        return Ok(cleared);
+    }
+    let connection = host.connect()?;
+    for stone in &stones {
+        let removed = removal::late(host, &connection, stone)?;
+        for what in &removed {
+            host.progress
+                .note(&format!("removed {what}, which came back after {name} was removed ({})", stone.started_at));
+        }
+        cleared.extend(removed);
+    }
+    Ok(cleared)
+}
+
+/// A tombstone of which something has come back, and what that is.
+pub(crate) struct Returned {
+    pub(crate) stone: Journal,
+    pub(crate) what: String,
+}
+
+/// Looks which of the VMs that are gone something has come back of. `domains` are names and UUIDs, `live` tells whether the
+/// record of a name is a VM's, `volumes` whether there is such a volume.
+pub(crate) fn returned(
+    stones: Vec<Journal>,
+    domains: &HashMap<String, String>,
+    live: impl Fn(&VmName) -> bool,
+    mut exists: impl FnMut(&PoolVolume) -> bool,
+) -> Vec<Returned> {
+    let mut found = Vec::new();
+    for stone in stones {
+        let name = &stone.vm_name;
+        let domain = domains.get(name.as_str());
+        let own = domain.is_some_and(|uuid| tombstone::uuid_of(&stone).as_ref() == Some(uuid));
+        let volume = match domain {
+            None if !live(name) => stone.volumes.iter().find(|volume| exists(volume)),
+            _ => None,
+        };
+        let what = match (own, volume) {
+            (true, _) => format!("domain {name}"),
+            (false, Some(volume)) => format!("volume {}", volume.name),
+            (false, None) => continue,
+        };
+        found.push(Returned { stone, what });
+    }
+    found
 }
 
 /// Removes what dead processes left that is no VM's: the sign that a create is in flight, of which it says whether it was
@@ -31,7 +95,13 @@ pub(crate) fn sweep(host: &Host) -> bool {
         false
     });
     let database = host.settings.db_file.parent().map(std::path::Path::to_path_buf);
-    let ours = [host.dirs.journal(), host.dirs.locks(), host.dirs.run.clone(), host.dirs.state.clone()];
+    let ours = [
+        host.dirs.journal(),
+        host.dirs.tombstones(),
+        host.dirs.locks(),
+        host.dirs.run.clone(),
+        host.dirs.state.clone(),
+    ];
     for dir in ours.into_iter().chain(database) {
         if let Err(error) = durable::sweep_temporaries(&dir) {
             tracing::debug!("cannot look for half-written files: {error}");

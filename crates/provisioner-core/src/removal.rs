@@ -9,11 +9,12 @@ use std::time::Duration;
 use provisioner_contract::VmName;
 use provisioner_metrics::store::Store;
 
+use crate::database::Document;
 use crate::host::Host;
 use crate::journal::{Journal, PoolVolume};
 use crate::libvirt::volume::VolumeNames;
-use crate::libvirt::{Connection, InUse};
-use crate::{Error, ErrorKind, Result, bridge, durable};
+use crate::libvirt::{Connection, Domain, InUse};
+use crate::{Error, ErrorKind, Result, bridge, durable, tombstone};
 
 /// Stops and undefines the domain called `name`, which must have this `uuid`.
 ///
@@ -21,17 +22,68 @@ use crate::{Error, ErrorKind, Result, bridge, durable};
 /// When it cannot be stopped or undefined, or libvirt cannot be asked: then its disk must stay. [`ErrorKind::Conflict`]
 /// when the domain of that name is another one: it came later, belongs to somebody else, and may use the same disk.
 pub fn domain(connection: &Connection, name: &VmName, uuid: Option<&str>) -> Result<()> {
-    let Some(domain) = connection.domain(name)? else { return Ok(()) };
-    let found = domain.uuid()?;
-    if !uuid.is_some_and(|uuid| found.eq_ignore_ascii_case(uuid)) {
-        return Err(Error::new(
-            ErrorKind::Conflict,
-            format!("a domain called {name} was defined by somebody else while the VM was being made or removed"),
-        )
-        .hint(format!("disk and addresses were kept; undefine that domain, then: blockhost-vm-destroy {name}")));
+    // A start that somebody gave up may be carried out between the two, and undefining then leaves a domain that runs without
+    // a definition.
+    for _ in 0..3 {
+        let Some(domain) = connection.domain(name)? else { return Ok(()) };
+        if !has_uuid(&domain, uuid)? {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("a domain called {name} was defined by somebody else while the VM was being made or removed"),
+            )
+            .hint(format!("disk and addresses were kept; undefine that domain, then: blockhost-vm-destroy {name}")));
+        }
+        domain.power_off()?;
+        domain.undefine()?;
     }
-    domain.power_off()?;
-    domain.undefine()
+    match connection.domain(name)? {
+        None => Ok(()),
+        Some(_) => Err(Error::new(ErrorKind::Hypervisor, format!("domain {name} comes back when it is removed"))
+            .hint("somebody else starts or defines it")),
+    }
+}
+
+fn has_uuid(domain: &Domain, uuid: Option<&str>) -> Result<bool> {
+    let found = domain.uuid()?;
+    Ok(uuid.is_some_and(|uuid| found.eq_ignore_ascii_case(uuid)))
+}
+
+/// Removes what of a VM that is gone, as `stone` says, has come back since: calls to libvirt that were given up are carried out
+/// late. Returns what that was. The caller holds the VM's lock, and there is no journal of that name.
+///
+/// # Errors
+/// When libvirt cannot be asked or refuses.
+pub fn late(host: &Host, connection: &Connection, stone: &Journal) -> Result<Vec<String>> {
+    let name = &stone.vm_name;
+    let uuid = tombstone::uuid_of(stone);
+    let mut removed = Vec::new();
+    match connection.domain(name)? {
+        Some(found) if has_uuid(&found, uuid.as_deref())? => {
+            domain(connection, name, uuid.as_deref())?;
+            removed.push(format!("domain {name}"));
+        }
+        // Of a VM that got the name since, like the volumes.
+        Some(_) => return Ok(removed),
+        None => {}
+    }
+    if host.database().read()?.raw_record(name).is_some_and(Document::stands_for_a_vm) {
+        return Ok(removed);
+    }
+    let mut volumes = Vec::new();
+    for PoolVolume { pool, name } in &stone.volumes {
+        // A pool that is gone brings nothing back.
+        match connection.pool(pool) {
+            Ok(pool) if pool.is_taken(name)? => volumes.push(format!("volume {name}")),
+            Ok(_) => {}
+            Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if !volumes.is_empty() {
+        self::volumes(connection, stone)?;
+        removed.extend(volumes);
+    }
+    Ok(removed)
 }
 
 /// Deletes the journal's volumes, and with the console log its rotated parts. Returns what the domains that are left use.
@@ -70,6 +122,19 @@ pub fn volumes(connection: &Connection, journal: &Journal) -> Result<InUse> {
         }
     }
     Ok(in_use)
+}
+
+/// The end of a removal: from here on the VM is known to be gone, and nothing is left to do.
+///
+/// # Errors
+/// [`ErrorKind::Io`] when a file cannot be written or removed.
+pub fn conclude(host: &Host, journal: &Journal) -> Result<()> {
+    match tombstone::set(&host.dirs, journal) {
+        // A full disk is a reason to destroy a VM. Without the tombstone only what comes late is not recognised.
+        Err(error) if error.is_disk_full() => host.progress.warn(&error.in_full()),
+        outcome => outcome?,
+    }
+    Journal::remove(&host.dirs, &journal.vm_name)
 }
 
 /// Removes the host's route and neighbour entry of the VM.

@@ -2,8 +2,9 @@
 //! addresses, host routes.
 //!
 //! One look is taken at everything ([`look`]), compared ([`compare`]), and named. Mending ([`mend`]) is for what can be told
-//! without doubt and destroys nothing: no domain, no volume and no record is ever removed. What was found is looked at again
-//! under the VM's lock, or the database's, right before the act.
+//! without doubt and destroys nothing: no domain, no volume and no record of a VM is ever removed. What came back of one that was
+//! removed already, as its tombstone shows, goes. What was found is looked at again under the VM's lock, or the database's, right
+//! before the act.
 
 mod compare;
 mod look;
@@ -42,6 +43,8 @@ pub enum Kind {
     RecordWithoutDomain,
     /// A record is destroyed, and its domain exists.
     DestroyedVmExists,
+    /// A part of a VM that was removed has come back: libvirt carried out late what was given up.
+    RemovedVmReturned,
     /// The domain of a record's name is somebody else's.
     ForeignDomain,
     /// A domain's metadata cannot be read.

@@ -8,7 +8,7 @@ use provisioner_contract::VmName;
 
 use crate::host::Host;
 use crate::libvirt::Domain;
-use crate::libvirt::domain_xml::{self, Facts};
+use crate::libvirt::domain_xml::Facts;
 use crate::libvirt::tuning::{self, Direction, Reach};
 use crate::limits::{self, CpuController, InForce, Limit, Limits};
 use crate::ownership::OwnDomain;
@@ -220,50 +220,62 @@ impl<'a> Tuned<'a> {
         }
     }
 
-    /// Takes every limit away and sets what is named. What libvirt keeps is afterwards as if there had never been one:
-    /// its calls cannot remove an element, only give it a value, and a written-down share would be another weight
-    /// on a host with the other version of control groups.
+    /// Takes every limit away and sets what is named.
+    ///
+    /// Everything is set, nothing is defined anew: libvirt may carry out a definition that was given up much later, and it would
+    /// bring a VM back that is destroyed by then. A change of values finds no domain in that case.
     fn reset(&self, wanted: &Limits, done: &mut BTreeSet<Limit>) -> Result<()> {
-        self.domain.redefine(domain_xml::without_limits)?;
-        if self.active {
-            let live = Reach::Live;
-            let now = self.domain.scheduler(live)?;
-            let default = self.cpu.to_libvirt(limits::DEFAULT_SHARES);
-            let unnamed = |limit| wanted.get(limit).is_none();
-            if unnamed(Limit::CpuShares) {
-                if now.shares != Some(default) {
-                    self.domain.set_cpu_shares(default, live)?;
-                }
-                done.insert(Limit::CpuShares);
+        // The definition first: a VM that is stopped meanwhile must not start with a limit that was said to be gone.
+        for place in [Reach::Config, Reach::Live] {
+            let there = match place {
+                Reach::Live => self.active,
+                _ => self.domain.is_persistent()?,
+            };
+            if there {
+                self.clear(wanted, place)?;
             }
-            if unnamed(Limit::CpuQuota) {
-                let capped = limits::quota_percent(now.global.0, now.global.1, self.vcpus).is_some()
-                    || limits::quota_percent(now.per_vcpu.0, now.per_vcpu.1, 1).is_some()
-                    || limits::quota_percent(now.emulator.0, now.emulator.1, 1).is_some();
-                if capped || now.global.1 != limits::QUOTA_PERIOD {
-                    self.domain.set_cpu_quota(None, limits::QUOTA_PERIOD, live)?;
-                }
-                done.insert(Limit::CpuQuota);
-            }
-            for disk in &self.disks {
-                self.domain.clear_block_io_tune(disk, live)?;
-            }
-            done.extend([Limit::IopsRead, Limit::IopsWrite].into_iter().filter(|limit| unnamed(*limit)));
-            for interface in self.interfaces {
-                let (to_guest, from_guest) = self.domain.bandwidth(interface, live)?;
-                for (limit, direction, in_force) in
-                    [(Limit::BandwidthIn, Direction::In, to_guest), (Limit::BandwidthOut, Direction::Out, from_guest)]
-                {
-                    // Without this look a host without traffic control could not reset what it cannot have set.
-                    if unnamed(limit) && in_force > 0 {
-                        self.domain.set_bandwidth(interface, direction, 0, None, live)?;
+        }
+        done.extend(Limit::ALL.into_iter().filter(|limit| wanted.get(*limit).is_none()));
+        self.apply(wanted, done)
+    }
+
+    /// Takes away what is limited in `place` and not among what is `wanted`.
+    fn clear(&self, wanted: &Limits, place: Reach) -> Result<()> {
+        let unnamed = |limit| wanted.get(limit).is_none();
+        let now = self.domain.scheduler(place)?;
+        let default = self.cpu.to_libvirt(limits::DEFAULT_SHARES);
+        // libvirt cannot forget a share that was written down. The default of this host in its place means the same.
+        if unnamed(Limit::CpuShares) && now.shares.is_some_and(|shares| shares != default) {
+            self.domain.set_cpu_shares(default, place)?;
+        }
+        if unnamed(Limit::CpuQuota) {
+            match place {
+                Reach::Live => {
+                    let capped = limits::quota_percent(now.global.0, now.global.1, self.vcpus).is_some()
+                        || limits::quota_percent(now.per_vcpu.0, now.per_vcpu.1, 1).is_some()
+                        || limits::quota_percent(now.emulator.0, now.emulator.1, 1).is_some();
+                    if capped || now.global.1 != limits::QUOTA_PERIOD {
+                        self.domain.set_cpu_quota(None, limits::QUOTA_PERIOD, place)?;
                     }
                 }
+                _ => self.domain.forget_cpu_quotas(&now)?,
             }
-            done.extend([Limit::BandwidthIn, Limit::BandwidthOut].into_iter().filter(|limit| unnamed(*limit)));
-        } else {
-            done.extend(Limit::ALL.into_iter().filter(|limit| wanted.get(*limit).is_none()));
         }
-        self.apply(wanted, done)
+        // Those that are wanted are set afterwards, whatever else these disks were limited to.
+        for disk in &self.disks {
+            self.domain.clear_block_io_tune(disk, place)?;
+        }
+        for interface in self.interfaces {
+            let (to_guest, from_guest) = self.domain.bandwidth(interface, place)?;
+            for (limit, direction, in_force) in
+                [(Limit::BandwidthIn, Direction::In, to_guest), (Limit::BandwidthOut, Direction::Out, from_guest)]
+            {
+                // Without this look a host without traffic control could not reset what it cannot have set.
+                if unnamed(limit) && in_force > 0 {
+                    self.domain.set_bandwidth(interface, direction, 0, None, place)?;
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -1,20 +1,18 @@
 //! Domains: looking one up, its state, and the acts the suite performs on it.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use provisioner_contract::VmName;
 use virt::domain::Domain as Raw;
 use virt::error::ErrorNumber;
 
-use super::{Connection, bounded, failure, ffi, known, tuning};
+use super::{Connection, bounded, change_limit, failure, ffi, known, tuning};
 use crate::{Error, ErrorKind, Result};
 
 /// libvirt kills a QEMU that does not react with SIGTERM and then SIGKILL, which takes it about 11 s; a second
 /// try some more. Above that nothing will come.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(35);
-
-/// Any other call on one domain: start of a large guest is the slowest.
-const CALL_LIMIT: Duration = Duration::from_secs(90);
 
 /// What libvirt says a domain is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,15 +96,24 @@ impl Connection {
         Ok(states.into_iter().map(|(name, raw)| (name, DomainState::from_raw(raw))).collect())
     }
 
-    /// Defines a domain, without starting it.
+    /// Name and UUID of all domains.
     ///
     /// # Errors
-    /// When libvirt refuses the description.
+    /// When libvirt cannot be asked.
+    pub fn domain_uuids(&self) -> Result<HashMap<String, String>> {
+        // The listing brings both.
+        self.domains()?.into_iter().map(|domain| Ok((domain.label.clone(), domain.uuid()?))).collect()
+    }
+
+    /// Defines a domain, without starting it. Given up after a while, the definition may still come.
+    ///
+    /// # Errors
+    /// When libvirt refuses the description or takes too long.
     pub fn define(&self, name: &VmName, xml: &str) -> Result<Domain> {
-        let raw = self
-            .raw()
-            .define_domain_xml_flags(xml, virt_sys::VIR_DOMAIN_DEFINE_VALIDATE)
-            .map_err(|e| failure(format!("cannot define domain {name}"), &e))?;
+        let (conn, xml) = (self.raw().clone(), xml.to_owned());
+        let what = format!("cannot define domain {name}");
+        let define = move || conn.define_domain_xml_flags(&xml, virt_sys::VIR_DOMAIN_DEFINE_VALIDATE);
+        let raw = bounded(change_limit(), &what, define)?.map_err(|e| failure(what, &e))?;
         Ok(Domain { raw, label: name.to_string() })
     }
 }
@@ -226,7 +233,7 @@ impl Domain {
     /// When libvirt refuses or takes too long.
     pub fn start(&self) -> Result<()> {
         let started =
-            self.call(CALL_LIMIT, "start", |raw| raw.create().map(drop)).map_err(tuning::explain_traffic_control);
+            self.call(change_limit(), "start", |raw| raw.create().map(drop)).map_err(tuning::explain_traffic_control);
         let denied =
             |error: &Error| error.source.as_ref().is_some_and(|cause| cause.to_string().contains("ermission denied"));
         match started {
@@ -258,7 +265,8 @@ impl Domain {
     /// # Errors
     /// When libvirt refuses.
     pub fn set_autostart(&self, on: bool) -> Result<()> {
-        self.raw.set_autostart(on).map(drop).map_err(|e| self.failure("set autostart of", &e))
+        self.call(change_limit(), "set autostart of", move |raw| raw.set_autostart(on).map(drop))?
+            .ok_or_else(|| self.gone())
     }
 
     /// Presses the power button, and waits at most `limit` for that. `through_agent` asks the guest agent instead of ACPI.
@@ -308,6 +316,6 @@ impl Domain {
         if !self.is_persistent()? {
             return Ok(());
         }
-        self.call(CALL_LIMIT, "undefine", move |raw| raw.undefine_flags(flags)).map(drop)
+        self.call(change_limit(), "undefine", move |raw| raw.undefine_flags(flags)).map(drop)
     }
 }

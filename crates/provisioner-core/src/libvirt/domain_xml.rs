@@ -216,58 +216,6 @@ fn empty(w: &mut Out, tag: &str, attributes: &[(&str, &str)]) -> io::Result<()> 
     w.create_element(tag).with_attributes(attributes.iter().copied()).write_empty().map(drop)
 }
 
-/// What `<cputune>` says about shares and quotas; it may also pin vCPUs.
-const CPU_LIMITS: [&str; 9] = [
-    "shares",
-    "period",
-    "quota",
-    "global_period",
-    "global_quota",
-    "emulator_period",
-    "emulator_quota",
-    "iothread_period",
-    "iothread_quota",
-];
-
-/// The description without limits of CPU, disks and interfaces, and otherwise to the byte as it is. `None`: it
-/// has none.
-///
-/// # Errors
-/// [`ErrorKind::Hypervisor`] when it is not XML.
-pub(crate) fn without_limits(xml: &str) -> Result<Option<String>> {
-    let document = parse(xml)?;
-    let root = document.root_element();
-    let mut cuts = Vec::new();
-    for cputune in root.children().filter(|n| n.has_tag_name("cputune")) {
-        let (limits, others): (Vec<_>, Vec<_>) =
-            cputune.children().filter(Node::is_element).partition(|n| CPU_LIMITS.contains(&n.tag_name().name()));
-        if others.is_empty() {
-            cuts.push(cputune.range());
-        } else {
-            cuts.extend(limits.iter().map(Node::range));
-        }
-    }
-    let devices = root.children().filter(|n| n.has_tag_name("devices")).flat_map(|n| n.children());
-    for device in devices {
-        let tag = match device.tag_name().name() {
-            "disk" => "iotune",
-            "interface" => "bandwidth",
-            _ => continue,
-        };
-        cuts.extend(device.children().filter(|n| n.has_tag_name(tag)).map(|n| n.range()));
-    }
-    if cuts.is_empty() {
-        return Ok(None);
-    }
-    let mut rest = String::with_capacity(xml.len());
-    let mut from = 0;
-    for cut in cuts {
-        rest += &xml[from..cut.start];
-        from = cut.end;
-    }
-    Ok(Some(rest + &xml[from..]))
-}
-
 fn parse(xml: &str) -> Result<Document<'_>> {
     Document::parse(xml).map_err(|e| Error::new(ErrorKind::Hypervisor, "cannot read a domain's description").because(e))
 }
@@ -467,23 +415,6 @@ mod tests {
         for damage in ["\"x\"", "\"\"", "\"0\"", "\"10001\""] {
             assert!(Facts::parse(&xml.replace("\"512\"", damage)).unwrap().metadata_damaged, "{damage}");
         }
-    }
-
-    #[test]
-    fn only_limits_are_cut_out() {
-        let plain = xml();
-        assert_eq!(without_limits(&plain).unwrap(), None);
-        let pinned = plain.replace("<os>", "<cputune><vcpupin vcpu='0' cpuset='1'/></cputune><os>");
-        assert_eq!(without_limits(&pinned).unwrap(), None);
-        let limited = pinned
-            .replace("<vcpupin", "<shares>7</shares><quota>1000</quota><vcpupin")
-            .replace("</cputune>", "<global_quota>1000</global_quota></cputune>")
-            .replace("<target dev=\"vda\"", "<iotune><read_iops_sec>5</read_iops_sec></iotune><target dev=\"vda\"")
-            .replace("<port isolated", "<bandwidth><inbound average='5'/></bandwidth><port isolated");
-        assert_eq!(without_limits(&limited).unwrap().unwrap(), pinned);
-        let whole = plain.replace("<os>", "<cputune>\n<shares>7</shares></cputune><os>");
-        assert_eq!(without_limits(&whole).unwrap().unwrap(), plain);
-        assert!(without_limits("<domain>").is_err());
     }
 
     #[test]

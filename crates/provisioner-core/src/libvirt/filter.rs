@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use virt::error::ErrorNumber;
 
-use super::{Connection, failure, known};
+use super::{Connection, bounded, change_limit, failure, known};
 use crate::Result;
 
 /// For a VM with an IPv6 address.
@@ -103,8 +103,10 @@ impl Connection {
             Err(e) if missing(&e) => {}
             Err(e) => return Err(failure(what(), &e)),
         }
-        match self.raw().define_nwfilter_xml(&filter_xml(name)) {
-            Ok(_) => Ok(()),
+        let (conn, xml) = (self.raw().clone(), filter_xml(name));
+        // Should it be given up and come later, it is the same filter that the next VM needs.
+        match bounded(change_limit(), &what(), move || conn.define_nwfilter_xml(&xml).map(drop))? {
+            Ok(()) => Ok(()),
             // A create beside this one may have been first.
             Err(_) if self.raw().lookup_nwfilter_by_name(name).is_ok() => Ok(()),
             Err(e) => {

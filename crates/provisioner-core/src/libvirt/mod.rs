@@ -25,7 +25,7 @@ use std::time::Duration;
 use virt::connect::Connect;
 use virt::error::{ErrorDomain, ErrorNumber};
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, failpoint};
 pub use deadline::{bounded, interruptible};
 pub use domain::{Domain, DomainState};
 
@@ -37,6 +37,14 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(8);
 /// work, so a slow start of a domain is not mistaken for that.
 const KEEP_ALIVE_SECONDS: i32 = 5;
 const KEEP_ALIVE_COUNT: u32 = 3;
+
+/// A change that libvirt carries out: the start of a large guest is the slowest, or a volume on a busy disk. Whoever gives one
+/// up must expect that it is carried out later.
+const CHANGE_LIMIT: Duration = Duration::from_secs(90);
+
+fn change_limit() -> Duration {
+    failpoint::limit("libvirt.change", CHANGE_LIMIT)
+}
 
 /// libvirt sends and awaits keep-alive messages only in a process with an event loop.
 fn start_event_loop() {

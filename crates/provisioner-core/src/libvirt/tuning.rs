@@ -145,6 +145,26 @@ impl Domain {
         self.tune("set the CPU quota of", move |raw| ffi::set_scheduler_parameters(raw, &all, flags))
     }
 
+    /// Takes every quota and period out of what libvirt keeps of it, of which `before` was read: there, 0 stands for none.
+    ///
+    /// # Errors
+    /// When libvirt refuses.
+    pub fn forget_cpu_quotas(&self, before: &Scheduler) -> Result<()> {
+        if [before.global, before.per_vcpu, before.emulator].iter().all(|cap| *cap == (0, 0)) {
+            return Ok(());
+        }
+        let all = [
+            (virt_sys::VIR_DOMAIN_SCHEDULER_GLOBAL_QUOTA, Value::LLong(0)),
+            (virt_sys::VIR_DOMAIN_SCHEDULER_GLOBAL_PERIOD, Value::ULLong(0)),
+            (virt_sys::VIR_DOMAIN_SCHEDULER_VCPU_QUOTA, Value::LLong(0)),
+            (virt_sys::VIR_DOMAIN_SCHEDULER_VCPU_PERIOD, Value::ULLong(0)),
+            (virt_sys::VIR_DOMAIN_SCHEDULER_EMULATOR_QUOTA, Value::LLong(0)),
+            (virt_sys::VIR_DOMAIN_SCHEDULER_EMULATOR_PERIOD, Value::ULLong(0)),
+        ];
+        let flags = Reach::Config.flags();
+        self.tune("forget the CPU quota of", move |raw| ffi::set_scheduler_parameters(raw, &all, flags))
+    }
+
     /// Reads and writes per second that `disk` (target or path) is limited to; 0 is unlimited.
     ///
     /// # Errors
@@ -242,17 +262,6 @@ impl Domain {
         let (interface, flags) = (c_string(interface)?, reach.flags());
         self.tune("limit the bandwidth of", move |raw| ffi::set_interface_parameters(raw, &interface, &all, flags))
             .map_err(explain_traffic_control)
-    }
-
-    /// Replaces what libvirt keeps of it by its own description after `change`, if that changes anything.
-    ///
-    /// # Errors
-    /// When libvirt refuses.
-    pub(crate) fn redefine(&self, change: impl FnOnce(&str) -> Result<Option<String>>) -> Result<()> {
-        let flags = virt_sys::VIR_DOMAIN_XML_INACTIVE | virt_sys::VIR_DOMAIN_XML_SECURE;
-        let xml = self.tune("describe", move |raw| raw.xml_desc(flags))?;
-        let Some(changed) = change(&xml)? else { return Ok(()) };
-        self.tune("redefine", move |raw| raw.connect()?.define_domain_xml_flags(&changed, 0).map(drop))
     }
 }
 

@@ -11,7 +11,7 @@ use virt::storage_pool::StoragePool;
 use virt::storage_vol::StorageVol;
 use virt::stream::Stream;
 
-use super::{Connection, failure};
+use super::{Connection, bounded, change_limit, failure};
 use crate::{Error, ErrorKind, Result};
 
 /// The names a VM's volumes have. They follow from the VM's name alone, so that undoing a create needs no memory
@@ -195,7 +195,10 @@ impl Pool {
     /// # Errors
     /// When libvirt cannot be asked.
     pub fn volumes(&self) -> Result<Vec<String>> {
-        self.pool.list_volumes().map_err(|e| failure(format!("cannot list storage pool {:?}", self.name), &e))
+        // The call that lists names alone ends, in the binding, at 1024 of them and does not say so.
+        let what = || format!("cannot list storage pool {:?}", self.name);
+        let all = self.pool.list_all_volumes(0).map_err(|e| failure(what(), &e))?;
+        all.iter().map(|volume| volume.name().map_err(|e| failure(what(), &e))).collect()
     }
 
     /// The names of all volumes, each with its backing file as the volume's description names it.
@@ -241,22 +244,27 @@ impl Pool {
     pub fn create_filled(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
         let length = content.len() as u64;
         let volume = self.create(name, &volume_xml(name, "raw", length, None))?;
-        let what = || format!("cannot fill volume {name:?}");
-        let stream = Stream::new(&self.conn, 0).map_err(|e| failure(what(), &e))?;
-        volume.upload(&stream, 0, length, 0).map_err(|e| failure(what(), &e))?;
-        let mut rest = content;
-        while !rest.is_empty() {
-            let sent = stream.send(rest).map_err(|e| failure(what(), &e))?;
-            rest = usize::try_from(sent).ok().and_then(|sent| rest.get(sent..)).unwrap_or_default();
-        }
-        stream.finish().map_err(|e| failure(what(), &e))?;
+        let (conn, content) = (self.conn.clone(), content.to_owned());
+        let what = format!("cannot fill volume {name:?}");
+        let upload = move || {
+            let stream = Stream::new(&conn, 0)?;
+            volume.upload(&stream, 0, length, 0)?;
+            let mut rest = content.as_slice();
+            while !rest.is_empty() {
+                let sent = stream.send(rest)?;
+                rest = usize::try_from(sent).ok().and_then(|sent| rest.get(sent..)).unwrap_or_default();
+            }
+            stream.finish()
+        };
+        bounded(change_limit(), &what, upload)?.map_err(|e: virt::error::Error| failure(what, &e))?;
         Ok(self.path(name))
     }
 
     fn create(&self, name: &str, xml: &str) -> Result<StorageVol> {
         tracing::debug!(volume = name, "creating a volume");
-        StorageVol::create_xml(&self.pool, xml, 0)
-            .map_err(|e| failure(format!("cannot create volume {name:?} in storage pool {:?}", self.name), &e))
+        let (pool, xml) = (self.pool.clone(), xml.to_owned());
+        let what = format!("cannot create volume {name:?} in storage pool {:?}", self.name);
+        bounded(change_limit(), &what, move || StorageVol::create_xml(&pool, &xml, 0))?.map_err(|e| failure(what, &e))
     }
 
     /// Deletes the volume `name`; that it does not exist is a success.
@@ -284,9 +292,11 @@ impl Pool {
         };
         let mut attempts = 0;
         loop {
-            let error = match volume.delete(0) {
+            let what = format!("cannot delete volume {name:?} of storage pool {:?}", self.name);
+            let doomed = volume.clone();
+            let error = match bounded(change_limit(), &what, move || doomed.delete(0))? {
                 Ok(()) => return Ok(()),
-                Err(e) => failure(format!("cannot delete volume {name:?} of storage pool {:?}", self.name), &e),
+                Err(e) => failure(what, &e),
             };
             // Somebody else deleted it, or its file went away under libvirt, which then drops it on a refresh.
             if self.find(name)?.is_none() {

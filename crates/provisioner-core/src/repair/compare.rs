@@ -18,6 +18,7 @@ use crate::journal::Operation;
 use crate::libvirt::metadata::Metadata;
 use crate::libvirt::survey::Surveyed;
 use crate::libvirt::volume::VolumeNames;
+use crate::recovery::Returned;
 
 /// All differences: those of the whole first, then those of each VM by its name.
 pub(super) fn findings(host: &Host, look: &Look) -> Vec<Finding> {
@@ -25,6 +26,7 @@ pub(super) fn findings(host: &Host, look: &Look) -> Vec<Finding> {
     all.database();
     all.journals();
     all.provisioning_lock();
+    all.returned();
     for domain in &look.survey.domains {
         all.domain(domain);
     }
@@ -82,7 +84,8 @@ impl Comparison<'_> {
 
     fn is_free(&self, name: &str) -> bool {
         // A dead command's leftovers are cleared first, and change what there is to compare.
-        !self.look.is_busy(name) && !self.look.journals.iter().any(|(of, _)| of.as_str() == name)
+        let journalled = self.look.journals.iter().any(|(of, _)| of.as_str() == name);
+        !self.look.is_busy(name) && !journalled && !self.look.has_returned(name)
     }
 
     fn database(&mut self) {
@@ -140,6 +143,22 @@ impl Comparison<'_> {
             let what = "it says that a create is in flight, and none is: engines wait for it";
             let finding = Finding::new(Kind::StaleProvisioningLock, None, path, what);
             self.add(finding.applies(Mend::SweepLock, "removes it"));
+        }
+    }
+
+    /// What is nobody's any more: never a VM whose record is lost.
+    fn returned(&mut self) {
+        for Returned { stone, what } in &self.look.returned {
+            let name = stone.vm_name.as_str();
+            if self.look.is_busy(name) || self.look.journals.iter().any(|(of, _)| of.as_str() == name) {
+                continue;
+            }
+            let why = format!(
+                "{what} came back after {} had removed {name} ({}): libvirt carried out late what had been given up",
+                stone.command, stone.started_at
+            );
+            let finding = Finding::new(Kind::RemovedVmReturned, Some(name), name, why);
+            self.add(finding.applies(Mend::Recover, "removes it"));
         }
     }
 

@@ -1,6 +1,6 @@
 //! One consistent look at everything that is compared.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io::ErrorKind as Io;
 use std::net::IpAddr;
@@ -12,11 +12,12 @@ use provisioner_contract::{Timestamp, VmName};
 
 use crate::database::Document;
 use crate::host::Host;
-use crate::journal::Journal;
+use crate::journal::{Journal, PoolVolume};
 use crate::libvirt::survey::{Survey, Surveyed};
 use crate::libvirt::{Connection, bounded};
 use crate::lock::{Holder, ProvisioningLock, VmLock};
-use crate::{Error, ErrorKind, Result, host_route, ownership};
+use crate::recovery::{self, Returned};
+use crate::{Error, ErrorKind, Result, host_route, ownership, tombstone};
 
 /// A host with hundreds of domains is described within a second; a QEMU that hangs may hold one of them up.
 const SURVEY_LIMIT: Duration = Duration::from_secs(60);
@@ -75,6 +76,8 @@ pub(super) struct Look {
     /// Backing files of the pool's volumes that do not exist.
     pub gone: BTreeSet<PathBuf>,
     pub journals: Vec<(VmName, Result<Journal>)>,
+    /// What has come back of VMs that are gone.
+    pub returned: Vec<Returned>,
     /// The addresses of journals.
     pub claims: BTreeSet<IpAddr>,
     /// What the host has for addresses on the bridge; `None` when it cannot be asked.
@@ -93,6 +96,11 @@ impl Look {
             Records::Read(document) => Some(document),
             Records::Missing | Records::Unreadable(_) => None,
         }
+    }
+
+    /// Whether something of a VM of that name has come back.
+    pub fn has_returned(&self, name: &str) -> bool {
+        self.returned.iter().any(|returned| returned.stone.vm_name.as_str() == name)
     }
 
     pub fn is_busy(&self, name: &str) -> bool {
@@ -214,7 +222,9 @@ fn once(host: &Host, connection: &Connection, records: Option<Records>) -> Resul
         notes.push(format!("there is no VM database {}", host.settings.db_file.display()));
     }
     let claims = Journal::claims_of(&host.dirs, |_| true)?;
+    let returned = returned(host, &survey, volumes.as_deref().unwrap_or_default(), &records)?;
     Ok(Look {
+        returned,
         survey,
         volumes,
         pool_path,
@@ -228,4 +238,28 @@ fn once(host: &Host, connection: &Connection, records: Option<Records>) -> Resul
         now: Timestamp::now(),
         records,
     })
+}
+
+fn returned(
+    host: &Host,
+    survey: &Survey,
+    volumes: &[(String, Option<PathBuf>)],
+    records: &Records,
+) -> Result<Vec<Returned>> {
+    let stones = tombstone::all(&host.dirs)?;
+    if stones.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut domains = HashMap::new();
+    for domain in &survey.domains {
+        domains.insert(domain.name().to_owned(), domain.domain.uuid()?);
+    }
+    // Without the database it cannot be told which volumes are a VM's again.
+    let live = |name: &VmName| match records {
+        Records::Read(document) => document.raw_record(name).is_some_and(Document::stands_for_a_vm),
+        Records::Missing | Records::Unreadable(_) => true,
+    };
+    let here: BTreeSet<&str> = volumes.iter().map(|(name, _)| name.as_str()).collect();
+    let exists = |volume: &PoolVolume| volume.pool == host.settings.storage_pool && here.contains(&*volume.name);
+    Ok(recovery::returned(stones, &domains, live, exists))
 }

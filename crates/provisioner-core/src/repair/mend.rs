@@ -154,7 +154,7 @@ fn act(host: &Host, connection: &Connection, look: &Look, vm: Option<&VmName>, m
     match mend {
         Mend::Nothing => Ok(()),
         // Getting here with the VM's lock has done it, unless its journal is still there.
-        Mend::Recover => Err(Error::new(ErrorKind::Io, "the journal is still there")),
+        Mend::Recover => Err(Error::new(ErrorKind::Io, "what was left is still there")),
         Mend::Restore => restore(host, own()?, look.now),
         Mend::Types => mend_record(host, own()?, named()?),
         Mend::Fill(key, value) => fill(host, named()?, key, value),
