@@ -180,6 +180,18 @@ fn ten_at_once_get_ten_addresses_and_an_eleventh_is_told_which_pool_is_empty() {
 }
 
 #[test]
+fn a_guest_that_is_not_ready_in_time_is_undone_and_how_far_it_came_is_told() {
+    let lab = Lab::new(Guest::Blank);
+    lab.configure("libvirt: {domain_type: qemu, guest_ready_timeout_seconds: 3}\n");
+    let vm = lab.name("slow");
+    let failed = lab.create(&vm).fails_with(1).says("was not ready within 3 s");
+    for part in ["has not opened the channel", "on its console", "guest_ready_timeout_seconds"] {
+        assert!(failed.reason().contains(part), "{part}: {failed:#?}");
+    }
+    lab.assert_no_traces("after a guest that never was ready");
+}
+
+#[test]
 fn of_two_creates_of_one_name_one_wins() {
     let lab = Lab::new(Guest::Small);
     let vm = lab.name("twin");

@@ -33,7 +33,7 @@ use crate::seed::network_config::{Ipv6Network, Network};
 use crate::seed::resolvers;
 use crate::settings;
 use crate::template::{self, Pinned, Template};
-use crate::{Error, ErrorKind, Result, bridge, ready, recovery, throttle};
+use crate::{Error, ErrorKind, Result, access, bridge, ready, recovery, throttle};
 
 /// A stop or destroy of the same VM ends within this time, and a create that fails is lost for good: so it is waited for.
 /// A create that is under way is not: it takes longer, and then the name is taken.
@@ -340,6 +340,13 @@ impl Prepared {
             host.progress.warn(&format!(
                 "neither ip_pool.gateway nor an address on bridge {} is known: the VM gets no default route",
                 settings.bridge
+            ));
+        }
+        if let Some(user) = access::barred_from_kvm(connection)? {
+            host.progress.warn(&format!(
+                "{} is there, and QEMU's user {user} cannot open it: VMs run under emulation, and every question to libvirt takes seconds; {}",
+                access::KVM,
+                access::KVM_REMEDY
             ));
         }
         let domain_type = match settings.libvirt.domain_type {
@@ -662,7 +669,15 @@ impl<'a> Saga<'a> {
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
-        ready::wait_until_ready(self.host, &self.request.name, &self.request.username, self.request.user_data.is_some())
+        let console = (&self.prepared.pool, self.volumes.console.as_str());
+        ready::Awaited {
+            name: &self.request.name,
+            user: &self.request.username,
+            own_user_data: self.request.user_data.is_some(),
+            emulated: self.prepared.domain_type == DomainType::Qemu,
+            console: &|| ready::last_line(&console.0.tail(console.1, ready::CONSOLE_TAIL).ok()?),
+        }
+        .wait(self.host)
     }
 
     fn register(&mut self) -> Result<()> {

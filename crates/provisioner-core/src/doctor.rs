@@ -1,7 +1,6 @@
 //! What a host needs to run VMs: every part looked at, each with what to do about it. Nothing is changed, nothing waits
 //! for ever, and neither root nor libvirt is needed to be told what is wrong with the rest.
 
-mod access;
 mod checks;
 
 use std::sync::Arc;

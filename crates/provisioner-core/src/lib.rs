@@ -2,6 +2,7 @@
 //! or ends the process. Settings and directories come in as values, progress goes out through
 //! [`progress::Progress`], and every error carries what was being done and, where known, a hint.
 
+mod access;
 mod ascii;
 pub mod bridge;
 pub mod cancel;

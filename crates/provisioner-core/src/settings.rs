@@ -32,8 +32,8 @@ pub enum DomainType {
 pub struct LibvirtSettings {
     /// How guests are run.
     pub domain_type: DomainType,
-    /// How long create waits for the guest agent and the login user, in seconds.
-    pub guest_ready_timeout_seconds: u64,
+    /// How long create waits for the guest agent and the login user, in seconds; by how the guest runs when absent.
+    pub guest_ready_timeout_seconds: Option<u64>,
     /// Name servers of the guests; empty means the caller's choice.
     pub nameservers: Vec<IpAddr>,
     /// Where the cloud image for the template is.
@@ -46,7 +46,7 @@ impl Default for LibvirtSettings {
     fn default() -> Self {
         Self {
             domain_type: DomainType::Auto,
-            guest_ready_timeout_seconds: 180,
+            guest_ready_timeout_seconds: None,
             nameservers: Vec::new(),
             template_url: None,
             template_sha512: None,
@@ -631,7 +631,6 @@ fn parse_ipv4_pool(pool: &Section<'_>) -> Result<Option<Ipv4Pool>> {
 }
 
 fn parse_libvirt(own: &Section<'_>) -> Result<LibvirtSettings> {
-    let defaults = LibvirtSettings::default();
     let domain_type = own.parsed("domain_type", "auto, kvm or qemu", |text| match text {
         "auto" => Some(DomainType::Auto),
         "kvm" => Some(DomainType::Kvm),
@@ -655,9 +654,7 @@ fn parse_libvirt(own: &Section<'_>) -> Result<LibvirtSettings> {
     })?;
     Ok(LibvirtSettings {
         domain_type: domain_type.unwrap_or_default(),
-        guest_ready_timeout_seconds: own
-            .number("guest_ready_timeout_seconds", 1)?
-            .map_or(defaults.guest_ready_timeout_seconds, u64::from),
+        guest_ready_timeout_seconds: own.number("guest_ready_timeout_seconds", 1)?.map(u64::from),
         nameservers,
         template_url: own.text("template_url")?.map(str::to_owned),
         template_sha512: sha512,
@@ -910,7 +907,7 @@ terraform_dir: /opt/x
             ipv6_range: (5, 255),
             libvirt: LibvirtSettings {
                 domain_type: DomainType::Qemu,
-                guest_ready_timeout_seconds: 60,
+                guest_ready_timeout_seconds: Some(60),
                 nameservers: vec!["9.9.9.9".parse().unwrap(), "2620:fe::fe".parse().unwrap()],
                 template_url: None,
                 template_sha512: None,

@@ -7,11 +7,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use nix::unistd::{AccessFlags, Gid, Group, Uid, User, access};
+use nix::unistd::{AccessFlags, Group, Uid, User, access};
 use serde_json::json;
 
-use super::access::{READ, Who, barrier, may};
 use super::{Check, Context, Level, Verdict, all, fail, failed, ok, warn};
+use crate::access::{self, KVM, READ, Who, barrier, may};
 use crate::database::Document;
 use crate::database::mending::Entry;
 use crate::libvirt::inventory::Version;
@@ -29,6 +29,7 @@ pub(super) const ALL: &[(&str, Check)] = &[
     ("libvirt", libvirt),
     ("emulator", emulator),
     ("kvm", hardware),
+    ("kvm-access", kvm_access),
     ("service-user", service_user),
     ("state-directories", state_directories),
     ("database", database),
@@ -145,7 +146,7 @@ fn hardware(context: &Context) -> Outcome {
     }
     let level = if wanted == DomainType::Kvm { Level::Fail } else { Level::Warn };
     let slow = |text: String, remedy: &str| Verdict(level, text, Some(remedy.to_owned()));
-    if !Path::new("/dev/kvm").exists() {
+    if !Path::new(KVM).exists() {
         return Ok(slow(
             "there is no /dev/kvm: VMs run under emulation, many times slower".into(),
             "enable virtualisation in the firmware, then: modprobe -a kvm_intel kvm_amd",
@@ -171,13 +172,28 @@ fn hardware(context: &Context) -> Outcome {
     })
 }
 
+fn kvm_access(context: &Context) -> Outcome {
+    if !Path::new(KVM).exists() {
+        return Ok(ok(format!("there is no {KVM} to have access to")));
+    }
+    let barred = access::barred_from_kvm(context.connection()?)
+        .map_err(|e| failed(Level::Fail, &e, "systemctl restart libvirtd"))?;
+    Ok(match barred {
+        Some(user) => fail(
+            format!("{KVM} is there, and QEMU's user {user} cannot open it: every question to libvirt takes seconds"),
+            access::KVM_REMEDY,
+        ),
+        None => ok(format!("QEMU's user may open {KVM}")),
+    })
+}
+
 fn service_user(_: &Context) -> Outcome {
     let user = User::from_name(SERVICE_USER).ok().flatten();
     let Some(user) = user else {
         let remedy = "install blockhost-common, which makes it";
         return Ok(warn(format!("there is no user {SERVICE_USER}, as whom engines run the commands"), remedy));
     };
-    let groups = group_ids(&user);
+    let groups = Who::of(&user).gids;
     let member = |group: &Group| groups.contains(&group.gid.as_raw());
     let missing = ["libvirt", "libvirt-qemu"].into_iter().filter(|name| {
         // A group that is not there cannot be what somebody lacks.
@@ -187,12 +203,6 @@ fn service_user(_: &Context) -> Outcome {
         fail(format!("{SERVICE_USER} is not in the group {group}"), format!("usermod -aG {group} {SERVICE_USER}"))
     });
     Ok(all(verdicts, format!("{SERVICE_USER} is in the groups libvirt and libvirt-qemu")))
-}
-
-fn group_ids(user: &User) -> Vec<u32> {
-    let name = std::ffi::CString::new(user.name.as_bytes()).unwrap_or_default();
-    let groups = nix::unistd::getgrouplist(&name, user.gid).unwrap_or_else(|_| vec![user.gid]);
-    groups.into_iter().map(Gid::as_raw).collect()
 }
 
 fn state_directories(context: &Context) -> Outcome {
@@ -354,13 +364,8 @@ fn current_template(context: &Context) -> Outcome {
 
 fn qemu_access(context: &Context) -> Outcome {
     let (settings, connection) = (context.settings()?, context.connection()?);
-    let (user, _) = connection.security().map_err(|e| failed(Level::Fail, &e, "systemctl restart libvirtd"))?;
-    let Some((uid, gid)) = user else { return Ok(ok("libvirt does not say as whom QEMU runs")) };
-    let named = User::from_uid(Uid::from_raw(uid)).ok().flatten();
-    let mut gids = named.as_ref().map(group_ids).unwrap_or_default();
-    gids.push(gid);
-    let who = Who { uid, gids };
-    let name = named.map_or_else(|| uid.to_string(), |user| user.name);
+    let user = Who::runs_qemu(connection).map_err(|e| failed(Level::Fail, &e, "systemctl restart libvirtd"))?;
+    let Some((who, name)) = user else { return Ok(ok("libvirt does not say as whom QEMU runs")) };
     let mut files = vec![settings.storage_path.join("x")];
     files.extend(template::current(&context.dirs).ok().map(|template| template.path));
     let mut verdicts = Vec::new();

@@ -14,6 +14,9 @@ use virt::stream::Stream;
 use super::{Connection, bounded, change_limit, failure};
 use crate::{Error, ErrorKind, Result};
 
+/// A few kilobytes of a volume are read at once, unless the storage hangs.
+const READ_LIMIT: Duration = Duration::from_secs(10);
+
 /// The names a VM's volumes have. They follow from the VM's name alone, so that undoing a create needs no memory
 /// of how far it came, and keep the suffixes by which AppArmor's helper knows an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -265,6 +268,32 @@ impl Pool {
         let (pool, xml) = (self.pool.clone(), xml.to_owned());
         let what = format!("cannot create volume {name:?} in storage pool {:?}", self.name);
         bounded(change_limit(), &what, move || StorageVol::create_xml(&pool, &xml, 0))?.map_err(|e| failure(what, &e))
+    }
+
+    /// The last `most` bytes of the volume `name`.
+    ///
+    /// # Errors
+    /// When libvirt cannot be asked or refuses.
+    pub fn tail(&self, name: &str, most: u64) -> Result<Vec<u8>> {
+        let what = format!("cannot read volume {name:?}");
+        let Some(volume) = self.find(name)? else { return Err(Error::new(ErrorKind::NotFound, what)) };
+        let conn = self.conn.clone();
+        let read = move || {
+            let length = volume.info()?.capacity;
+            let stream = Stream::new(&conn, 0)?;
+            volume.download(&stream, length.saturating_sub(most), most, 0)?;
+            let mut all = Vec::new();
+            let mut chunk = vec![0; 4096];
+            while let Some(part) = usize::try_from(stream.recv(&mut chunk)?).ok().and_then(|n| chunk.get(..n)) {
+                if part.is_empty() {
+                    break;
+                }
+                all.extend_from_slice(part);
+            }
+            stream.finish()?;
+            Ok(all)
+        };
+        bounded(READ_LIMIT, &what, read)?.map_err(|e: virt::error::Error| failure(what, &e))
     }
 
     /// Deletes the volume `name`; that it does not exist is a success.

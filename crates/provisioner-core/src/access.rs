@@ -1,30 +1,82 @@
-//! Whether another user may pass through a directory or read a file: by its mode and its access control list, without being
-//! that user.
+//! Whether another user, such as the one QEMU runs as, may pass through a directory or open a file: by its mode and its access
+//! control list, without being that user.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// To read; and to pass through, for a directory. The bits of `rwx`.
-pub(super) const READ: u32 = 4;
-pub(super) const PASS: u32 = 1;
+use nix::unistd::{Gid, Uid, User};
+
+use crate::Result;
+use crate::libvirt::Connection;
+
+/// What opens hardware virtualisation.
+pub(crate) const KVM: &str = "/dev/kvm";
+
+/// The name Debian's libvirt runs QEMU under.
+const QEMU_USER: &str = "libvirt-qemu";
+
+/// To read; to read and write; and to pass through, for a directory. The bits of `rwx`.
+pub(crate) const READ: u32 = 4;
+const READ_WRITE: u32 = 6;
+pub(crate) const PASS: u32 = 1;
 
 /// Somebody.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Who {
+pub(crate) struct Who {
     pub uid: u32,
     pub gids: Vec<u32>,
 }
 
+impl Who {
+    /// A user of this host, with all groups.
+    pub(crate) fn of(user: &User) -> Self {
+        let name = std::ffi::CString::new(user.name.as_bytes()).unwrap_or_default();
+        let groups = nix::unistd::getgrouplist(&name, user.gid).unwrap_or_else(|_| vec![user.gid]);
+        Self { uid: user.uid.as_raw(), gids: groups.into_iter().map(Gid::as_raw).collect() }
+    }
+
+    /// The user as whom libvirt runs QEMU, with its name; `None` when libvirt does not say.
+    ///
+    /// # Errors
+    /// When libvirt cannot be asked.
+    pub(crate) fn runs_qemu(connection: &Connection) -> Result<Option<(Self, String)>> {
+        let Some((uid, gid)) = connection.security()?.0 else { return Ok(None) };
+        let named = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        let mut who = named.as_ref().map_or(Self { uid, gids: Vec::new() }, Self::of);
+        who.gids.push(gid);
+        Ok(Some((who, named.map_or_else(|| uid.to_string(), |user| user.name))))
+    }
+}
+
+/// The user QEMU runs as, when [`KVM`] is there and that user may not open it. libvirt then takes all it knows of QEMU for out
+/// of date at every question, and tries it out anew: each takes seconds.
+///
+/// # Errors
+/// When libvirt cannot be asked.
+pub(crate) fn barred_from_kvm(connection: &Connection) -> Result<Option<String>> {
+    let device = Path::new(KVM);
+    let barred = |who: &Who| may(device, who, READ_WRITE) == Some(false);
+    // On a healthy host that is seen without asking.
+    let usual = User::from_name(QEMU_USER).ok().flatten();
+    if !device.exists() || usual.is_some_and(|user| !barred(&Who::of(&user))) {
+        return Ok(None);
+    }
+    Ok(Who::runs_qemu(connection)?.filter(|(who, _)| barred(who)).map(|(_, name)| name))
+}
+
+/// What gives QEMU's user the access that Debian's own rule for the device gives.
+pub(crate) const KVM_REMEDY: &str = "chgrp kvm /dev/kvm && chmod 0660 /dev/kvm; for good: apt-get install --reinstall udev, or make the rule that sets this on the machine";
+
 /// The first directory above `file` that `who` cannot pass through, if one is known. What cannot be looked at, because this
 /// process itself may not, is not known.
-pub(super) fn barrier(file: &Path, who: &Who) -> Option<PathBuf> {
+pub(crate) fn barrier(file: &Path, who: &Who) -> Option<PathBuf> {
     let mut above: Vec<_> = file.ancestors().skip(1).filter(|dir| dir.is_absolute()).collect();
     above.reverse();
     above.into_iter().find(|dir| may(dir, who, PASS) == Some(false)).map(Path::to_path_buf)
 }
 
 /// Whether `who` has the right `want` on `path`; `None` when it cannot be looked at.
-pub(super) fn may(path: &Path, who: &Who, want: u32) -> Option<bool> {
+pub(crate) fn may(path: &Path, who: &Who, want: u32) -> Option<bool> {
     let metadata = std::fs::metadata(path).ok()?;
     let mut list = vec![0; 64 * 1024];
     // Without a list, or on a file system without lists, the mode says all.
