@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, try_virsh, virsh, wait_until};
+use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, patience, try_virsh, virsh, wait_until};
 use serde_json::{Value, json};
 
 /// A consumer that takes the last line that begins with a brace.
@@ -288,7 +288,7 @@ fn what_is_there_already_is_not_taken_over() {
 }
 
 fn wait_for(file: &Path) {
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + patience(Duration::from_secs(60));
     while !file.exists() {
         assert!(Instant::now() < end, "{} does not appear", file.display());
         thread::sleep(Duration::from_millis(20));

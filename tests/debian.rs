@@ -6,7 +6,7 @@ mod common;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, virsh};
+use common::{Guest, Lab, WALLET, finish, greeting, in_guest, output, patience, virsh};
 use serde_json::Value;
 
 fn create(lab: &Lab, vm: &str) -> std::process::Child {
@@ -231,7 +231,7 @@ fn two_tenants_get_working_machines_of_their_own() {
     assert_eq!(lab.status(&one), "suspended");
     let begin = Instant::now();
     lab.run("blockhost-vm-update-gecos", &[&one, WALLET, "--nft-id", "77"]).fails_with(1).says("does not run");
-    assert!(begin.elapsed() < Duration::from_secs(20));
+    assert!(begin.elapsed() < patience(Duration::from_secs(20)));
     assert!(virsh(&["domstate", &one]).contains("shut off"));
     lab.run("blockhost-vm-start", &[&one]).success();
     assert!(greeting(&ip(&results[0]), 22, Duration::from_secs(300)).starts_with("SSH-2.0"));

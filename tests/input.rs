@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, Mount, Outcome, WALLET, finish, output, virsh};
+use common::{Guest, Lab, Mount, Outcome, WALLET, finish, output, patience, virsh};
 
 /// What a refusal must leave as it was.
 fn contents(lab: &Lab) -> (Vec<String>, Option<Vec<u8>>) {
@@ -228,7 +228,7 @@ fn user_data_must_be_a_file_of_a_sane_size() {
         arguments.extend(["--cloud-init-content", file.to_str().unwrap()]);
         let begin = Instant::now();
         refused(&lab, &arguments, 1, why);
-        assert!(begin.elapsed() < Duration::from_secs(20), "took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < patience(Duration::from_secs(20)), "took {:?}", begin.elapsed());
     };
     with("user-data");
     fs::create_dir(&file).unwrap();

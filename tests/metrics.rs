@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, Outcome, agent, binary, finish, in_guest, output, try_virsh, virsh, wait_until};
+use common::{Guest, Lab, Outcome, agent, binary, finish, in_guest, output, patience, try_virsh, virsh, wait_until};
 use serde_json::{Value, json};
 
 const PROGRAM: &str = "blockhost-vm-metrics";
@@ -104,7 +104,7 @@ fn measure_anew(lab: &Lab, vm: &str) -> Value {
 /// Measures anew until `right` holds.
 #[track_caller]
 fn eventually(lab: &Lab, vm: &str, what: &str, right: impl Fn(&Value) -> bool) -> Value {
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + patience(Duration::from_secs(60));
     loop {
         let metrics = measure_anew(lab, vm);
         if right(&metrics) {
@@ -341,7 +341,7 @@ impl Drop for Idle {
         let pids: Vec<_> = self.0.iter().map(|vm| pid(vm)).collect();
         let _ = Command::new("kill").arg("-KILL").args(pids).status();
         let left = || virsh(&["list", "--name"]).lines().any(|name| self.0.iter().any(|vm| vm == name));
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + patience(Duration::from_secs(60));
         while left() && Instant::now() < end {
             thread::sleep(Duration::from_millis(200));
         }
@@ -367,7 +367,7 @@ fn one_frozen_qemu_among_fifty_delays_no_round() {
     };
     // All of them: on a busy machine another may have been too slow just before.
     let well = || {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + patience(Duration::from_secs(60));
         loop {
             thread::sleep(Duration::from_millis(1100));
             let (_, answers) = round(&lab, &vms.0);
@@ -585,7 +585,7 @@ fn the_figures_agree_with_a_load_of_known_size() {
     create(&lab, &vm);
     measure(&lab, &vm);
     let exposition = || {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + patience(Duration::from_secs(60));
         loop {
             thread::sleep(Duration::from_millis(1100));
             let text = asked(&lab, &[&vm, "--format", "openmetrics"]).success().stdout;

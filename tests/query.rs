@@ -12,7 +12,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Guest, Lab, Outcome, WALLET, binary, finish, virsh};
+use common::{Guest, Lab, Outcome, WALLET, binary, finish, patience, virsh};
 use serde_json::{Value, json};
 
 const NOWHERE: &str = "qemu+unix:///system?socket=/nonexistent";
@@ -339,7 +339,7 @@ fn no_command_reads_stdin() {
             let child = lab.command(program).args(arguments).stdin(stdin).spawn().unwrap();
             let outcome = finish(child);
             assert_eq!(outcome.code, Some(code), "{program}: {outcome:?}");
-            assert!(begin.elapsed() < Duration::from_secs(20), "{program} waited");
+            assert!(begin.elapsed() < patience(Duration::from_secs(20)), "{program} waited");
             outcome.stdout
         };
         // Both ends stay open until the command has ended.

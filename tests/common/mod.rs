@@ -5,13 +5,13 @@
 pub mod proxy;
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Read as _;
 use std::net::{Ipv4Addr, TcpStream, ToSocketAddrs as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,8 @@ impl Outcome {
 
 pub struct Lab {
     pub dir: PathBuf,
+    /// Says that its slice of the network is taken, until the process ends.
+    _slice: File,
     pub pool: String,
     pub bridge: String,
     pub first: u8,
@@ -90,16 +92,76 @@ fn variable(name: &str) -> String {
 }
 
 /// Each lab has addresses of its own, so that labs running side by side on one bridge do not meet.
-static SLICES: AtomicU32 = AtomicU32::new(0);
+static LABS: AtomicU32 = AtomicU32::new(0);
 const SLICE: u8 = 14;
+const SLICES: u8 = 17;
+
+/// A slice that no other lab of the run has, in this process or another, and the lock that keeps it.
+fn slice() -> (u8, File) {
+    let directory = PathBuf::from(variable("BLOCKHOST_TEST_DIR")).join("slices");
+    fs::create_dir_all(&directory).unwrap();
+    let mut taken = None;
+    wait_until("a free slice of the network", Duration::from_secs(600), || {
+        let first = LABS.load(Ordering::SeqCst) as u8;
+        taken = (0..SLICES).map(|i| (first.wrapping_add(i)) % SLICES).find_map(|number| {
+            let lock = File::create(directory.join(number.to_string())).unwrap();
+            lock.try_lock().is_ok().then_some((number, lock))
+        });
+        taken.is_some()
+    });
+    taken.unwrap()
+}
+
+/// Held by the tests that measure what busy guests get, in whatever process, so that they do not take it from each other.
+pub fn alone() -> File {
+    let lock = File::create(PathBuf::from(variable("BLOCKHOST_TEST_DIR")).join("measuring")).unwrap();
+    lock.lock().unwrap();
+    lock
+}
+
+/// How many times slower than usual this machine is, as `tests/run` has measured it; 1 at the least.
+pub fn slowness() -> f64 {
+    std::env::var("BLOCKHOST_TEST_SLOWNESS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .map_or(1.0, |n: f64| n.clamp(1.0, 20.0))
+}
+
+/// A limit of time for this machine, from the one for a usual machine. No test rests on how fast something is.
+pub fn patience(usual: Duration) -> Duration {
+    usual.mul_f64(slowness())
+}
+
+/// Where the time of a test goes, in microseconds, for the list of the slowest.
+static CREATING: AtomicU64 = AtomicU64::new(0);
+static ACTING: AtomicU64 = AtomicU64::new(0);
+static WAITING: AtomicU64 = AtomicU64::new(0);
+
+fn timed<T>(phase: &AtomicU64, act: impl FnOnce() -> T) -> T {
+    let begin = Instant::now();
+    let outcome = act();
+    phase.fetch_add(begin.elapsed().as_micros() as u64, Ordering::Relaxed);
+    outcome
+}
+
+fn phase_of(program: &str) -> &'static AtomicU64 {
+    if program == "blockhost-vm-create" { &CREATING } else { &ACTING }
+}
+
+/// How long a guest may take here, in seconds: several of them boot at a time.
+pub fn ready_limit() -> u64 {
+    patience(Duration::from_secs(600)).as_secs()
+}
 
 impl Lab {
     pub fn new(guest: Guest) -> Self {
-        let number = SLICES.fetch_add(1, Ordering::SeqCst);
+        let number = LABS.fetch_add(1, Ordering::SeqCst);
         let id = format!("{}-{number}", std::process::id());
+        let (slice, lock) = slice();
         let dir = PathBuf::from(variable("BLOCKHOST_TEST_DIR")).join(format!("lab-{id}"));
-        let first = 10 + u8::try_from(number % 17).unwrap() * SLICE;
+        let first = 10 + slice * SLICE;
         let lab = Self {
+            _slice: lock,
             pool: format!("bh-{}-{id}", variable("BLOCKHOST_TEST_ID")),
             bridge: variable("BLOCKHOST_TEST_BRIDGE"),
             network: variable("BLOCKHOST_TEST_NETWORK"),
@@ -160,7 +222,7 @@ impl Lab {
                 ),
             ),
             ("ipv6_pool", format!("{{start: {}, end: {}}}", self.first, self.last)),
-            ("libvirt", "{domain_type: qemu, guest_ready_timeout_seconds: 240}".to_owned()),
+            ("libvirt", format!("{{domain_type: qemu, guest_ready_timeout_seconds: {}}}", ready_limit())),
         ];
         let mut text = String::new();
         for (key, value) in defaults {
@@ -205,11 +267,13 @@ impl Lab {
     }
 
     pub fn run(&self, program: &str, arguments: &[&str]) -> Outcome {
-        finish(self.command(program).args(arguments).spawn().unwrap())
+        timed(phase_of(program), || finish(self.command(program).args(arguments).spawn().unwrap()))
     }
 
     pub fn run_at(&self, failpoint: &str, program: &str, arguments: &[&str]) -> Outcome {
-        finish(self.command(program).env("BLOCKHOST_FAILPOINT", failpoint).args(arguments).spawn().unwrap())
+        let mut command = self.command(program);
+        command.env("BLOCKHOST_FAILPOINT", failpoint).args(arguments);
+        timed(phase_of(program), || finish(command.spawn().unwrap()))
     }
 
     /// The arguments of a create as small as it can be.
@@ -422,6 +486,12 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        if let Ok(file) = std::env::var("BLOCKHOST_TEST_PHASES") {
+            let seconds = |phase: &AtomicU64| phase.load(Ordering::Relaxed) as f64 / 1e6;
+            let phases =
+                serde_json::json!({"create": seconds(&CREATING), "act": seconds(&ACTING), "wait": seconds(&WAITING)});
+            let _ = fs::write(file, phases.to_string());
+        }
         for domain in try_virsh(&["list", "--all", "--name"]).unwrap_or_default().lines() {
             if domain.starts_with(&self.names) {
                 let _ = try_virsh(&["destroy", domain]);
@@ -476,11 +546,13 @@ impl Parked {
 
 #[track_caller]
 pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + limit;
-    while !condition() {
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(50));
-    }
+    let end = Instant::now() + patience(limit);
+    timed(&WAITING, || {
+        while !condition() {
+            assert!(Instant::now() < end, "waited in vain for {what}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
 }
 
 pub fn sha256(file: &Path) -> String {
@@ -572,7 +644,7 @@ pub fn virsh(arguments: &[&str]) -> String {
 
 /// The first bytes a server sends, within `limit`.
 pub fn greeting(address: &str, port: u16, limit: Duration) -> String {
-    let end = Instant::now() + limit;
+    let end = Instant::now() + patience(limit);
     let target = (address, port).to_socket_addrs().unwrap().next().unwrap();
     loop {
         if let Ok(mut stream) = TcpStream::connect_timeout(&target, Duration::from_secs(2)) {
@@ -618,7 +690,7 @@ pub fn in_guest(vm: &str, script: &str) -> String {
         &serde_json::json!({"execute": "guest-exec", "arguments":
             {"path": "/bin/sh", "arg": ["-c", script], "capture-output": true}}),
     );
-    let end = Instant::now() + Duration::from_secs(300);
+    let end = Instant::now() + patience(Duration::from_secs(300));
     loop {
         let status =
             agent(vm, &serde_json::json!({"execute": "guest-exec-status", "arguments": {"pid": started["pid"]}}));
