@@ -38,6 +38,8 @@ pub mod resume;
 pub mod root_agent;
 pub mod seed;
 pub mod settings;
+#[cfg(test)]
+mod skipping;
 pub mod template;
 pub mod throttle;
 pub mod tombstone;

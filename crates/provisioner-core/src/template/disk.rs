@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_tree_becomes_a_disk_with_two_partitions_and_its_files() {
-        if check_tools().is_err() {
+        if PROGRAMS.iter().any(|(tool, _)| crate::skipping::lacks(tool)) {
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -140,7 +140,9 @@ pub(crate) mod tests {
 
     /// Builds a small package; `None` where dpkg-deb is not there.
     pub(crate) fn deb(dir: &Path, file: &str, name: &str, version: &str) -> Option<()> {
-        crate::child::find("dpkg-deb")?;
+        if crate::skipping::lacks("dpkg-deb") {
+            return None;
+        }
         let tree = tempfile::tempdir().unwrap();
         let control = tree.path().join("DEBIAN/control");
         fs::create_dir(control.parent().unwrap()).unwrap();

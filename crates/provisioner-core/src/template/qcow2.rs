@@ -218,7 +218,7 @@ pub(crate) mod tests {
             command.args(["create", "-q", "-f", "qcow2"]).args(args);
             command.run("cannot create", &crate::cancel::Cancel::default())
         };
-        if crate::child::find("qemu-img").is_none() {
+        if crate::skipping::lacks("qemu-img") {
             return;
         }
         create(&[base.as_os_str(), "3G".as_ref()]).unwrap();
