@@ -72,7 +72,7 @@ def edit(change):
     EARLIER.write_text(json.dumps(vms, indent=2))
 
 
-@check(qemu_reaches_its_disks_through_an_acl)
+@check(qemu_reaches_its_disks_through_an_acl, second=True)
 def removal_and_purge_leave_vms_and_data():
     earlier_vm("old1")
     EARLIER.write_text(json.dumps({"vms": {"old1": record("old1", "10.213.0.240")}, "next_vmid": 7, "allocated_ips": ["10.213.0.240"]}, indent=2))
@@ -90,7 +90,7 @@ def removal_and_purge_leave_vms_and_data():
     assert not os.path.lexists(TARGET), "the timer's link is left"
 
 
-@check(removal_and_purge_leave_vms_and_data)
+@check(removal_and_purge_leave_vms_and_data, second=True)
 def the_earlier_package_is_taken_over():
     install("earlier.deb")
     assert timer() == "enabled active", timer()
@@ -107,7 +107,7 @@ def the_earlier_package_is_taken_over():
     assert not list(pathlib.Path("/usr/lib/python3/dist-packages/blockhost").rglob("earlier.py"))
 
 
-@check(the_earlier_package_is_taken_over)
+@check(the_earlier_package_is_taken_over, second=True)
 def earlier_vms_are_managed_like_our_own():
     rows = json.loads(unit(MONITOR, ["blockhost-vm-list", "--format", "json"]).finish().success().stdout)
     assert rows == [{"name": "old1", "status": "active", "ip": "10.213.0.240", "created": "2025-11-01"}], rows
@@ -123,7 +123,7 @@ def earlier_vms_are_managed_like_our_own():
     assert ownership(EARLIER).startswith("blockhost:blockhost"), ownership(EARLIER)
 
 
-@check(the_earlier_package_is_taken_over)
+@check(the_earlier_package_is_taken_over, second=True)
 def a_timer_that_was_disabled_stays_so():
     out("systemctl", "disable", "--now", "blockhost-gc.timer")
     install("ours.deb")
@@ -133,7 +133,7 @@ def a_timer_that_was_disabled_stays_so():
     assert timer() == "enabled active", timer()
 
 
-@check(earlier_vms_are_managed_like_our_own)
+@check(earlier_vms_are_managed_like_our_own, second=True)
 def expired_vms_are_collected_by_the_unit():
     """One is suspended, one, whose grace is over, is destroyed, after the network plugins have had their turn."""
     hook = pathlib.Path("/usr/bin/blockhost-network-hook")
@@ -158,7 +158,7 @@ def expired_vms_are_collected_by_the_unit():
     assert ownership(EARLIER).startswith("blockhost:blockhost"), ownership(EARLIER)
 
 
-@check(the_earlier_package_is_taken_over)
+@check(the_earlier_package_is_taken_over, second=True)
 def earlier_vms_are_destroyed_like_our_own():
     engine("blockhost-vm-destroy", "old1").success()
     assert not (POOL / "old1.qcow2").exists()
