@@ -4,7 +4,6 @@ Imported by `checks`, whose functions it uses, at the place where these are to r
 """
 
 import grp
-import os
 import pathlib
 import shutil
 import time
@@ -106,28 +105,3 @@ def the_hook_prepares_the_host():
     assert not pathlib.Path("/sys/class/net/virbr0").exists()
     assert shutil.which("jq") and shutil.which("qemu-img") and let_through()
     assert "Setting up libvirt-daemon-system" in LOG.read_text()
-
-
-@check(the_hook_prepares_the_host, second=True)
-def the_hook_can_be_run_again():
-    marks = [os.stat(mark).st_mtime_ns for mark in MARKS]
-    again = first_boot().success()
-    assert "libvirt: done before" in again.stderr and "kvm-check: done before" in again.stderr, again
-    assert [os.stat(mark).st_mtime_ns for mark in MARKS] == marks
-    # As after a run that was cut off before the end: everything is looked at once more, and put right.
-    for mark in MARKS:
-        mark.unlink()
-    out("setfacl", "-b", str(STATE))
-    virsh("net-autostart", "default").success()
-    # An emulated processor may offer virtualisation; the modules are loaded, so that nothing brings the device back.
-    device, aside = pathlib.Path("/dev/kvm"), pathlib.Path("/dev/kvm.aside")
-    had = device.exists()
-    if had:
-        device.rename(aside)
-    try:
-        warned = first_boot().success()
-    finally:
-        if had:
-            aside.rename(device)
-    assert "warning: there is no /dev/kvm" in warned.stderr, warned
-    assert let_through() and virsh("net-list", "--all").success().stdout.split()[:3] == ["default", "inactive", "no"]
