@@ -40,6 +40,12 @@ fn tap(vm: &str) -> String {
     virsh(&["domiflist", vm]).split_whitespace().next().unwrap().to_owned()
 }
 
+/// What libvirt keeps of the VM. A share of the CPU that was once written down stays so: as the host's default, which is left out.
+fn definition(vm: &str) -> String {
+    let default = format!("  <cputune>\n    <shares>{}</shares>\n  </cputune>\n", weight(1024));
+    virsh(&["dumpxml", "--inactive", vm]).replace(&default, "")
+}
+
 /// The queues of the VM's interface, without their numbers, which are new each time.
 fn queues(vm: &str) -> Vec<String> {
     let kinds =
@@ -70,9 +76,7 @@ fn limits_add_up_and_a_reset_leaves_no_trace_of_them() {
     create_with(&lab, &vm, &["--cpu", "2"]);
     let state = || {
         (
-            // A share of the CPU that was once written down stays so: as the host's default.
-            virsh(&["dumpxml", "--inactive", &vm])
-                .replace(&format!("  <cputune>\n    <shares>{}</shares>\n  </cputune>\n", weight(1024)), ""),
+            definition(&vm),
             virsh(&["schedinfo", &vm]),
             virsh(&["blkdeviotune", &vm, "vda"]),
             virsh(&["domiftune", &vm, &tap(&vm)]),
@@ -186,7 +190,7 @@ fn limits_survive_stop_and_start_and_can_be_set_while_a_vm_is_off() {
     let lab = Lab::new(Guest::Small);
     let vm = lab.name("off");
     lab.create(&vm).success();
-    let plain = virsh(&["dumpxml", "--inactive", &vm]);
+    let plain = definition(&vm);
     throttle(&lab, &vm, &["--cpu-quota", "40", "--iops-write", "70"]).success();
     lab.run("blockhost-vm-stop", &[&vm]).success();
     let expected = json!({"cpu_shares": 1024, "cpu_quota_percent": 40, "bandwidth_in_kbps": 0, "bandwidth_out_kbps": 0,
@@ -237,7 +241,7 @@ fn limits_survive_stop_and_start_and_can_be_set_while_a_vm_is_off() {
     assert_eq!(in_force(&lab, &vm)["bandwidth_out_kbps"], 16_000);
 
     assert_eq!(throttle(&lab, &vm, &["--reset"]).success().stdout, UNLIMITED);
-    assert_eq!(virsh(&["dumpxml", "--inactive", &vm]), plain);
+    assert_eq!(definition(&vm), plain);
     lab.run("blockhost-vm-start", &[&vm]).success();
     assert_eq!(throttle(&lab, &vm, &[]).success().stdout, UNLIMITED);
 
@@ -432,27 +436,32 @@ fn iops_limits_hold_in_the_guest() {
     let lab = Lab::new(Guest::Small);
     let vm = lab.name("iops");
     lab.create(&vm).success();
-    throttle(&lab, &vm, &["--iops-read", "100", "--iops-write", "60"]).success();
     // Past everything that is on the disk, around the guest's cache.
     let read = "dd if=/dev/vda of=/dev/null bs=4k iflag=direct skip=300000";
     let write = "dd if=/dev/zero of=/dev/vda bs=4k oflag=direct seek=300000";
-    for (command, limit) in [(read, 100.0), (write, 60.0)] {
-        let count = (limit * 6.0) as u32;
+    let rate = |command: &str, count: u32| {
         let script = format!(
             "cut -d' ' -f1 /proc/uptime; {command} count={count} 2> /tmp/dd || cat /tmp/dd; cut -d' ' -f1 /proc/uptime"
         );
+        let text = in_guest(&vm, &script);
+        let times: Vec<f64> = text.lines().map(|line| line.parse().unwrap_or_else(|_| panic!("{text}"))).collect();
+        f64::from(count) / (times[1] - times[0])
+    };
+    // A guest on a slow machine may not come to the limit at all.
+    let free = [read, write].map(|command| rate(command, 600));
+    throttle(&lab, &vm, &["--iops-read", "100", "--iops-write", "60"]).success();
+    for ((command, limit), free) in [(read, 100.0), (write, 60.0)].into_iter().zip(free) {
+        let least = f64::min(limit, free / 2.0) * 0.85;
         let mut best: f64 = 0.0;
         for _ in 0..3 {
-            let text = in_guest(&vm, &script);
-            let times: Vec<f64> = text.lines().map(|line| line.parse().unwrap_or_else(|_| panic!("{text}"))).collect();
-            let rate = f64::from(count) / (times[1] - times[0]);
-            eprintln!("{} at {limit}: {rate:.1} operations per second", &command[..8]);
+            let rate = rate(command, (limit * 6.0) as u32);
+            eprintln!("{} at {limit}, {free:.1} without: {rate:.1} operations per second", &command[..8]);
             assert!(rate <= limit * 1.15, "{rate} operations per second at a limit of {limit}");
             best = best.max(rate);
-            if best >= limit * 0.85 {
+            if best >= least {
                 break;
             }
         }
-        assert!(best >= limit * 0.85, "only {best} operations per second at a limit of {limit}");
+        assert!(best >= least, "only {best} operations per second at a limit of {limit}");
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use cgroups_rs::fs::hierarchies::mountinfo_self;
+use cgroups_rs::hierarchies::mountinfo_self;
 use provisioner_contract::VmName;
 
 use crate::host::Host;

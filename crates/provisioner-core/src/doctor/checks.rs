@@ -530,7 +530,7 @@ fn bandwidth_limits(_: &Context) -> Outcome {
 }
 
 fn cpu_limits(_: &Context) -> Outcome {
-    let mounts = cgroups_rs::fs::hierarchies::mountinfo_self();
+    let mounts = cgroups_rs::hierarchies::mountinfo_self();
     if mounts.iter().any(|mount| mount.super_opts.iter().any(|option| option == "cpu")) {
         return Ok(ok("the CPU controller is one of cgroup version 1"));
     }
