@@ -36,10 +36,11 @@ test-deb: setup ## Build the package, look into it, install it in a chroot; buil
 bench: build ## Measure against virsh and qemu-img; fails when slower than promised
 	@$(WITH_HOST) tests/bench/run
 
-lint: setup ## Check formatting, clippy, scripts, licences
+lint: setup ## Check formatting, clippy, scripts, packages, licences
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	@tests/lint/scripts
+	@tests/lint/commands
 	@tests/lint/licences
 
 fmt: ## Format the Rust code
