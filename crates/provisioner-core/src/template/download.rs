@@ -43,7 +43,8 @@ struct Origin {
 
 /// How one attempt ended, when it did not end in an error that repeating cannot cure.
 enum Attempt {
-    Complete,
+    /// Nothing is missing; the bytes from this one on have come in this attempt.
+    Complete(u64),
     /// Broken off, with the reason; what has arrived is kept.
     Broken(Error),
 }
@@ -129,8 +130,8 @@ impl Http {
         loop {
             cancel.check()?;
             let before = length_of(&file);
-            match self.attempt(&agent, url, expected, &file, progress, cancel)? {
-                Attempt::Complete => {}
+            let start = match self.attempt(&agent, url, expected, &file, progress, cancel)? {
+                Attempt::Complete(start) => start,
                 Attempt::Broken(error) => {
                     fruitless = if length_of(&file) > before { 1 } else { fruitless + 1 };
                     if fruitless >= FRUITLESS_ATTEMPTS {
@@ -140,13 +141,13 @@ impl Http {
                     cancel.sleep(self.pause * fruitless)?;
                     continue;
                 }
-            }
+            };
             let actual = hash_file(&file, cancel)?;
             if actual == *expected {
                 return Ok(file);
             }
             forget(&file)?;
-            if before == 0 || restarted {
+            if start == 0 || restarted {
                 return Err(Error::new(
                     ErrorKind::Invalid,
                     format!("{url} has the SHA-512 {}… instead of {}…", actual.short(16), expected.short(16)),
@@ -173,7 +174,7 @@ impl Http {
         let origin: Origin =
             fs::read(&origin_path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
         if have > 0 && hash_file(file, cancel)? == *expected {
-            return Ok(Attempt::Complete);
+            return Ok(Attempt::Complete(have));
         }
         let mut headers = Vec::new();
         if have > 0 {
@@ -228,7 +229,7 @@ impl Http {
                     let message = format!("{url}: the transfer broke off at byte {done}");
                     return Ok(Attempt::Broken(Error::new(ErrorKind::Unavailable, message)));
                 }
-                None => return Ok(Attempt::Complete),
+                None => return Ok(Attempt::Complete(start)),
             }
         }
     }
@@ -518,6 +519,17 @@ mod tests {
         let (url, _) = serve(Box::new(|_, stream| respond(stream, "200 OK", "", content().len(), &content())));
         leave_part(&url, &content(), dir.path(), b"of the old version", None);
         assert_eq!(fs::read(fetch(&url, &content(), dir.path()).unwrap()).unwrap(), content());
+    }
+
+    #[test]
+    fn what_was_sent_anew_as_a_whole_is_not_fetched_a_second_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (url, seen) = serve(ranged(content(), "\"two\"", usize::MAX));
+        leave_part(&url, b"the old version", dir.path(), b"the old", Some("\"one\""));
+        let error = fetch(&url, b"the old version", dir.path()).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Invalid);
+        assert_eq!(seen.lock().unwrap().len(), 1);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
