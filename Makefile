@@ -4,12 +4,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build deb demo test test-host test-deb bench lint fmt clean
+.PHONY: help setup build deb demo test test-host test-deb test-fresh bench lint fmt clean
 
 WITH_HOST := tests/host/with-host
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the Debian packages that are missing
 	@tests/host/setup
@@ -32,6 +32,9 @@ test-host: setup ## Check the commands on a real Debian 12 host, as a VM: system
 
 test-deb: setup ## Build the package, look into it, install it in a chroot; build it again and compare
 	@tests/package/run
+
+test-fresh: setup ## Run make demo and make test in a Debian 12 made on the spot, with nothing else in it
+	@tests/fresh/run $(FRESH)
 
 bench: build ## Measure against virsh and qemu-img; fails when slower than promised
 	@$(WITH_HOST) tests/bench/run
