@@ -206,20 +206,39 @@ fn a_reset_of_the_limits_that_comes_late_brings_no_vm_back() {
     lab.assert_no_traces("after a late reset");
 }
 
+/// A VM restored from a backup keeps its UUID. It is not taken for one that came late.
 #[test]
-fn a_volume_that_is_in_use_again_is_not_taken_for_a_late_one() {
+fn a_vm_that_was_restored_is_left_alone() {
     let lab = Lab::new(Guest::Blank);
     let vm = vm_that_is_off(&lab, "again");
+    let disk = lab.volume(&format!("{vm}.qcow2"));
+    let (xml, copy) = (lab.dir.join("backup.xml"), lab.dir.join("backup.qcow2"));
+    std::fs::write(&xml, virsh(&["dumpxml", "--inactive", &vm])).unwrap();
+    std::fs::copy(&disk, &copy).unwrap();
+    let record = lab.record(&vm);
     lab.destroy(&vm).success();
     assert_eq!(output("ls", &[lab.state().join("destroyed").to_str().unwrap()]).lines().count(), 1);
-    // The same name, by an earlier provisioner or from a backup: with a record, without a domain.
-    lab.edit_database(|vms| {
-        vms["vms"].as_object_mut().unwrap().remove(&vm);
-    });
-    lab.add_legacy_vm(&vm, &lab.address(0));
-    virsh(&["undefine", &vm]);
+
+    // Step by step, with a collection after each.
+    std::fs::copy(&copy, &disk).unwrap();
     lab.gc();
-    assert!(lab.volume(&format!("{vm}.qcow2")).exists(), "the disk of a live record was deleted");
+    assert!(disk.exists(), "the restored disk was deleted");
+    virsh(&["define", xml.to_str().unwrap()]);
+    lab.gc();
+    assert!(disk.exists() && lab.has_domain(&vm), "the restored domain was removed");
+    lab.edit_database(|vms| vms["vms"][&vm] = record);
+    lab.gc();
+    assert_eq!(lab.status(&vm), "suspended");
+    // With the record first: it is a VM's, whatever is there of it.
+    virsh(&["undefine", &vm]);
+    std::fs::remove_file(&disk).unwrap();
+    virsh(&["define", xml.to_str().unwrap()]);
+    lab.gc();
+    assert!(lab.has_domain(&vm), "the domain of a live record was removed");
+
     lab.destroy(&vm).success();
+    // Without disk and record it is nobody's.
+    virsh(&["define", xml.to_str().unwrap()]);
+    lab.gc();
     lab.assert_no_traces("after the second destroy");
 }

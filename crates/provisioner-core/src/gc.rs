@@ -374,10 +374,18 @@ impl Run<'_> {
         let document = host.database().read()?;
         let live = |name: &VmName| document.raw_record(name).is_some_and(Document::stands_for_a_vm);
         let returned = recovery::returned(stones, &domains, live, |volume| volumes.contains(volume));
-        let found = returned
-            .into_iter()
-            .map(|Returned { stone, what }| (stone.vm_name, format!("{what} came back after the VM was removed")))
-            .collect();
+        let mut found = Vec::new();
+        for Returned { stone, what, restored } in returned {
+            let why = format!("{what} came back after the VM was removed");
+            if restored {
+                let why = format!(
+                    "{why}, with its disk: if it was restored, blockhost-provisioner-repair --apply registers it"
+                );
+                self.report.kept.push(GcKept { name: stone.vm_name.to_string(), why });
+            } else {
+                found.push((stone.vm_name, why));
+            }
+        }
         self.each(
             |report| &mut report.recover,
             found,

@@ -57,10 +57,12 @@ pub(crate) fn clear_late(host: &Host, name: &VmName, _lock: &VmLock) -> Result<V
 pub(crate) struct Returned {
     pub(crate) stone: Journal,
     pub(crate) what: String,
+    /// Whether it looks as if somebody has restored it.
+    pub(crate) restored: bool,
 }
 
-/// Looks which of the VMs that are gone something has come back of. `domains` are names and UUIDs, `live` tells whether the
-/// record of a name is a VM's, `volumes` whether there is such a volume.
+/// Looks which of the VMs that are gone something has come back of, as [`removal::late`] decides it. `domains` are names and UUIDs,
+/// `live` tells whether the record of a name is a VM's, `exists` whether there is such a volume.
 pub(crate) fn returned(
     stones: Vec<Journal>,
     domains: &HashMap<String, String>,
@@ -70,18 +72,19 @@ pub(crate) fn returned(
     let mut found = Vec::new();
     for stone in stones {
         let name = &stone.vm_name;
-        let domain = domains.get(name.as_str());
-        let own = domain.is_some_and(|uuid| tombstone::uuid_of(&stone).as_ref() == Some(uuid));
-        let volume = match domain {
-            None if !live(name) => stone.volumes.iter().find(|volume| exists(volume)),
-            _ => None,
+        if live(name) {
+            continue;
+        }
+        let volume = stone.volumes.iter().find(|volume| exists(volume)).map(|volume| volume.name.clone());
+        let may_be_restored = tombstone::may_be_restored(&stone);
+        let (what, restored) = match (domains.get(name.as_str()), volume) {
+            (Some(uuid), volume) if tombstone::uuid_of(&stone).as_ref() == Some(uuid) => {
+                (format!("domain {name}"), may_be_restored && volume.is_some())
+            }
+            (None, Some(volume)) if !may_be_restored => (format!("volume {volume}"), false),
+            _ => continue,
         };
-        let what = match (own, volume) {
-            (true, _) => format!("domain {name}"),
-            (false, Some(volume)) => format!("volume {}", volume.name),
-            (false, None) => continue,
-        };
-        found.push(Returned { stone, what });
+        found.push(Returned { stone, what, restored });
     }
     found
 }

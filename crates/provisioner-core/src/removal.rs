@@ -51,21 +51,14 @@ fn has_uuid(domain: &Domain, uuid: Option<&str>) -> Result<bool> {
 /// Removes what of a VM that is gone, as `stone` says, has come back since: calls to libvirt that were given up are carried out
 /// late. Returns what that was. The caller holds the VM's lock, and there is no journal of that name.
 ///
+/// What somebody has brought back on purpose is left alone: a VM with a live record, and a domain with its disk. A call that comes
+/// late makes one thing, and that of a VM that was never handed over: see [`tombstone`].
+///
 /// # Errors
 /// When libvirt cannot be asked or refuses.
 pub fn late(host: &Host, connection: &Connection, stone: &Journal) -> Result<Vec<String>> {
     let name = &stone.vm_name;
-    let uuid = tombstone::uuid_of(stone);
     let mut removed = Vec::new();
-    match connection.domain(name)? {
-        Some(found) if has_uuid(&found, uuid.as_deref())? => {
-            domain(connection, name, uuid.as_deref())?;
-            removed.push(format!("domain {name}"));
-        }
-        // Of a VM that got the name since, like the volumes.
-        Some(_) => return Ok(removed),
-        None => {}
-    }
     if host.database().read()?.raw_record(name).is_some_and(Document::stands_for_a_vm) {
         return Ok(removed);
     }
@@ -78,6 +71,19 @@ pub fn late(host: &Host, connection: &Connection, stone: &Journal) -> Result<Vec
             Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
             Err(error) => return Err(error),
         }
+    }
+    if tombstone::may_be_restored(stone) && !volumes.is_empty() {
+        return Ok(removed);
+    }
+    let uuid = tombstone::uuid_of(stone);
+    match connection.domain(name)? {
+        Some(found) if has_uuid(&found, uuid.as_deref())? => {
+            domain(connection, name, uuid.as_deref())?;
+            removed.push(format!("domain {name}"));
+        }
+        // Of a VM that got the name since, like the volumes.
+        Some(_) => return Ok(removed),
+        None => {}
     }
     if !volumes.is_empty() {
         self::volumes(connection, stone)?;

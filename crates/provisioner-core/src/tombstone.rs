@@ -3,7 +3,11 @@
 //! What a client has asked libvirt for cannot be taken back. A call whose client was killed, or stopped waiting, may be carried
 //! out much later: when a hung storage or a frozen libvirtd goes on. By then the VM may have been removed, and a late
 //! definition or a late volume would stand there with nobody who knows of it, or would be taken for a VM whose record was lost.
-//! A domain's UUID is new for each creation, so a UUID that has a tombstone is never again a VM's.
+//! A domain's UUID is new for each creation, so a UUID that has a tombstone is not taken for a VM's again.
+//!
+//! But a VM may be restored from a backup, under its UUID. That looks different. A late call is one of a create that was undone,
+//! and makes one thing: a domain whose disk was deleted, or a volume without a domain. A VM that was handed over has a disk, and
+//! whoever brings it back brings that first, or a record. So of a destroyed VM only a domain without its disk is removed.
 
 use std::fs;
 use std::io::ErrorKind as Io;
@@ -12,7 +16,7 @@ use std::path::PathBuf;
 use provisioner_contract::{Timestamp, VmName};
 use uuid::Uuid;
 
-use crate::journal::{self, Journal};
+use crate::journal::{self, Journal, Operation};
 use crate::paths::Directories;
 use crate::{Error, ErrorKind, Result, durable};
 
@@ -33,6 +37,12 @@ pub fn set(dirs: &Directories, journal: &Journal) -> Result<()> {
         .map_err(|e| Error::new(ErrorKind::Invalid, format!("cannot write {}", path.display())).because(e))?;
     bytes.push(b'\n');
     durable::write_atomic(&path, &bytes, 0o660)
+}
+
+/// Whether the VM was handed over to its owner, so that there may be a backup that somebody restores.
+#[must_use]
+pub fn may_be_restored(stone: &Journal) -> bool {
+    stone.operation != Operation::Create
 }
 
 /// The domain's UUID in the form libvirt gives it in.
@@ -109,7 +119,6 @@ pub fn prune(dirs: &Directories, now: Timestamp) -> Result<()> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::journal::Operation;
 
     fn journal(name: &str, uuid: &str) -> Journal {
         let name = VmName::new(name).unwrap();

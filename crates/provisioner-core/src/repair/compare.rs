@@ -148,7 +148,7 @@ impl Comparison<'_> {
 
     /// What is nobody's any more: never a VM whose record is lost.
     fn returned(&mut self) {
-        for Returned { stone, what } in &self.look.returned {
+        for Returned { stone, what, .. } in self.look.returned.iter().filter(|returned| !returned.restored) {
             let name = stone.vm_name.as_str();
             if self.look.is_busy(name) || self.look.journals.iter().any(|(of, _)| of.as_str() == name) {
                 continue;

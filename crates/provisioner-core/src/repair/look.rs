@@ -100,7 +100,7 @@ impl Look {
 
     /// Whether something of a VM of that name has come back.
     pub fn has_returned(&self, name: &str) -> bool {
-        self.returned.iter().any(|returned| returned.stone.vm_name.as_str() == name)
+        self.returned.iter().any(|returned| !returned.restored && returned.stone.vm_name.as_str() == name)
     }
 
     pub fn is_busy(&self, name: &str) -> bool {
