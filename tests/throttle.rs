@@ -40,10 +40,12 @@ fn tap(vm: &str) -> String {
     virsh(&["domiflist", vm]).split_whitespace().next().unwrap().to_owned()
 }
 
-/// What libvirt keeps of the VM. A share of the CPU that was once written down stays so: as the host's default, which is left out.
+/// What libvirt keeps of the VM, without what limits nothing: a share of the CPU that was once written down stays so, as the host's
+/// default, and a bandwidth as an empty element.
 fn definition(vm: &str) -> String {
     let default = format!("  <cputune>\n    <shares>{}</shares>\n  </cputune>\n", weight(1024));
-    virsh(&["dumpxml", "--inactive", vm]).replace(&default, "")
+    let empty = "      <bandwidth>\n      </bandwidth>\n";
+    virsh(&["dumpxml", "--inactive", vm]).replace(&default, "").replace(empty, "")
 }
 
 /// The queues of the VM's interface, without their numbers, which are new each time.
