@@ -669,13 +669,13 @@ impl<'a> Saga<'a> {
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
-        let console = (&self.prepared.pool, self.volumes.console.as_str());
+        let (pool, console) = (&self.prepared.pool, &self.volumes.console);
         ready::Awaited {
             name: &self.request.name,
             user: &self.request.username,
             own_user_data: self.request.user_data.is_some(),
             emulated: self.prepared.domain_type == DomainType::Qemu,
-            console: &|| ready::last_line(&console.0.tail(console.1, ready::CONSOLE_TAIL).ok()?),
+            console: &|| Ok(ready::last_line(&pool.tail(console, ready::CONSOLE_TAIL)?)),
         }
         .wait(self.host)
     }

@@ -178,19 +178,27 @@ pub fn remove_durable(path: &Path) -> Result<bool> {
     }
 }
 
+/// What is in `dir`; a missing one is empty.
+///
+/// # Errors
+/// [`ErrorKind::Io`] when it is there and cannot be read.
+pub fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => entries.collect::<io::Result<_>>().map_err(|e| Error::io("read directory", dir, e)),
+        Err(e) if e.kind() == Io::NotFound => Ok(Vec::new()),
+        Err(e) => Err(Error::io("read directory", dir, e)),
+    }
+}
+
 /// Removes the temporary files that killed processes left in `dir`, and returns how many. Those of a running process
 /// stay.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] when `dir` cannot be read; a missing one is empty.
 pub fn sweep_temporaries(dir: &Path) -> Result<usize> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == Io::NotFound => return Ok(0),
-        Err(e) => return Err(Error::io("read directory", dir, e)),
-    };
+    let entries = entries(dir)?;
     let mut removed = 0;
-    for entry in entries.flatten() {
+    for entry in entries {
         let name = entry.file_name();
         let Some((pid, start)) = name.to_str().and_then(writer_of_temporary) else { continue };
         if !owner::runs(pid, start) && fs::remove_file(entry.path()).is_ok() {

@@ -23,8 +23,7 @@ use crate::libvirt::{Connection, Domain, DomainState, bounded};
 use crate::lock::VmLock;
 use crate::ownership::{self, OwnDomain};
 use crate::power::{self, Held};
-use crate::recovery::{self, Returned};
-use crate::{Error, ErrorKind, Result, destroy, durable, failpoint, metrics, tombstone};
+use crate::{Error, ErrorKind, Result, destroy, durable, failpoint, metrics, recovery, tombstone};
 
 /// How long another command on a VM is waited for. It may be a create, or another collection: then it is that one's.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -372,12 +371,18 @@ impl Run<'_> {
         };
         let (domains, volumes) = bounded(LIST_LIMIT, "cannot ask libvirt what there is", ask)??;
         let document = host.database().read()?;
-        let live = |name: &VmName| document.raw_record(name).is_some_and(Document::stands_for_a_vm);
-        let returned = recovery::returned(stones, &domains, live, |volume| volumes.contains(volume));
         let mut found = Vec::new();
-        for Returned { stone, what, restored } in returned {
-            let why = format!("{what} came back after the VM was removed");
-            if restored {
+        for stone in stones {
+            let name = &stone.vm_name;
+            let (domain, live) =
+                (domains.get(name.as_str()), document.raw_record(name).is_some_and(Document::stands_for_a_vm));
+            let exists = |volume: &PoolVolume| Ok(volumes.contains(volume));
+            let Some(returned) = tombstone::returned(stone, domain.map(String::as_str), live, exists)? else {
+                continue;
+            };
+            let why = format!("{} came back after the VM was removed", returned.what());
+            let stone = returned.stone;
+            if returned.restored {
                 let why = format!(
                     "{why}, with its disk: if it was restored, blockhost-provisioner-repair --apply registers it"
                 );

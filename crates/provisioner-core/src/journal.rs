@@ -189,15 +189,9 @@ impl Journal {
     /// # Errors
     /// [`ErrorKind::Io`] when the directory is there and cannot be read.
     pub fn list(dirs: &Directories) -> Result<Vec<(VmName, Result<Self>)>> {
-        let dir = dirs.journal();
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == Io::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::io("read directory", &dir, e)),
-        };
         let mut found = Vec::new();
-        for entry in entries {
-            let file = entry.map_err(|e| Error::io("read directory", &dir, e))?.file_name();
+        for entry in durable::entries(&dirs.journal())? {
+            let file = entry.file_name();
             // Temporary files begin with a dot, which no VM's name does.
             let Some(stem) = file.to_str().and_then(|file| file.strip_suffix(".json")) else { continue };
             let Ok(name) = VmName::new(stem) else { continue };

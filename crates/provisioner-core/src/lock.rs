@@ -106,13 +106,7 @@ impl VmLock {
     /// # Errors
     /// [`ErrorKind::Io`] when the directory is there and cannot be read.
     pub fn sweep(dirs: &Directories, command: &str) -> Result<()> {
-        let dir = dirs.locks();
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == Io::NotFound => return Ok(()),
-            Err(e) => return Err(Error::io("read directory", &dir, e)),
-        };
-        for entry in entries.flatten() {
+        for entry in durable::entries(&dirs.locks())? {
             let file = entry.file_name();
             let stem = file.to_str().and_then(|file| file.strip_suffix(".lock"));
             if let Some(Ok(name)) = stem.map(VmName::new) {
@@ -134,15 +128,9 @@ impl VmLock {
     /// # Errors
     /// [`ErrorKind::Io`] when the directory is there and cannot be read.
     pub fn held(dirs: &Directories) -> Result<Vec<(VmName, Option<Holder>)>> {
-        let dir = dirs.locks();
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == Io::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::io("read directory", &dir, e)),
-        };
         let mut held = Vec::new();
-        for entry in entries {
-            let file = entry.map_err(|e| Error::io("read directory", &dir, e))?.file_name();
+        for entry in durable::entries(&dirs.locks())? {
+            let file = entry.file_name();
             let Some(name) = file.to_str().and_then(|f| f.strip_suffix(".lock")).and_then(|n| VmName::new(n).ok())
             else {
                 continue;

@@ -39,8 +39,8 @@ pub(crate) struct Awaited<'a> {
     pub(crate) own_user_data: bool,
     /// Whether the guest runs without KVM.
     pub(crate) emulated: bool,
-    /// The last line on the guest's console, for the reason of a failure.
-    pub(crate) console: &'a dyn Fn() -> Option<String>,
+    /// The last line on the guest's console, for the reason of a failure; `None` when nothing is there.
+    pub(crate) console: &'a dyn Fn() -> Result<Option<String>>,
 }
 
 /// The last line of a console's output that shows something, in printable characters and of bounded length.
@@ -140,8 +140,9 @@ impl Wait<'_> {
             if Instant::now() >= self.deadline {
                 let how_far = self.domain.as_ref().map_or_else(|| "libvirt could not be asked".to_owned(), otherwise);
                 let console = match (self.awaited.console)() {
-                    Some(line) => format!("the last line on its console is {line:?}"),
-                    None => "nothing is on its console".to_owned(),
+                    Ok(Some(line)) => format!("the last line on its console is {line:?}"),
+                    Ok(None) => "nothing is on its console".to_owned(),
+                    Err(error) => format!("its console cannot be read: {error}"),
                 };
                 let (name, limit) = (self.awaited.name, self.limit.as_secs());
                 let what = format!("domain {name} was not ready within {limit} s: {how_far}; {console}");

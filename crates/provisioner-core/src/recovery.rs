@@ -1,12 +1,10 @@
 //! Finishing what a dead process began. Whoever holds a VM's lock and finds its journal knows that the writer is
 //! dead: a living one would hold the lock.
 
-use std::collections::HashMap;
-
 use provisioner_contract::VmName;
 
 use crate::host::Host;
-use crate::journal::{Journal, Operation, PoolVolume};
+use crate::journal::{Journal, Operation};
 use crate::lock::{ProvisioningLock, VmLock};
 use crate::{Error, Result, create, destroy, durable, gc, removal, tombstone};
 
@@ -42,51 +40,15 @@ pub(crate) fn clear_late(host: &Host, name: &VmName, _lock: &VmLock) -> Result<V
         return Ok(cleared);
     }
     let connection = host.connect()?;
-    for stone in &stones {
+    for stone in stones {
+        let begun = stone.started_at;
         let removed = removal::late(host, &connection, stone)?;
-        for what in &removed {
-            host.progress
-                .note(&format!("removed {what}, which came back after {name} was removed ({})", stone.started_at));
+        if let Some(what) = &removed {
+            host.progress.note(&format!("removed {what}, which came back after {name} was removed ({begun})"));
         }
         cleared.extend(removed);
     }
     Ok(cleared)
-}
-
-/// A tombstone of which something has come back, and what that is.
-pub(crate) struct Returned {
-    pub(crate) stone: Journal,
-    pub(crate) what: String,
-    /// Whether it looks as if somebody has restored it.
-    pub(crate) restored: bool,
-}
-
-/// Looks which of the VMs that are gone something has come back of, as [`removal::late`] decides it. `domains` are names and UUIDs,
-/// `live` tells whether the record of a name is a VM's, `exists` whether there is such a volume.
-pub(crate) fn returned(
-    stones: Vec<Journal>,
-    domains: &HashMap<String, String>,
-    live: impl Fn(&VmName) -> bool,
-    mut exists: impl FnMut(&PoolVolume) -> bool,
-) -> Vec<Returned> {
-    let mut found = Vec::new();
-    for stone in stones {
-        let name = &stone.vm_name;
-        if live(name) {
-            continue;
-        }
-        let volume = stone.volumes.iter().find(|volume| exists(volume)).map(|volume| volume.name.clone());
-        let may_be_restored = tombstone::may_be_restored(&stone);
-        let (what, restored) = match (domains.get(name.as_str()), volume) {
-            (Some(uuid), volume) if tombstone::uuid_of(&stone).as_ref() == Some(uuid) => {
-                (format!("domain {name}"), may_be_restored && volume.is_some())
-            }
-            (None, Some(volume)) if !may_be_restored => (format!("volume {volume}"), false),
-            _ => continue,
-        };
-        found.push(Returned { stone, what, restored });
-    }
-    found
 }
 
 /// Removes what dead processes left that is no VM's: the sign that a create is in flight, of which it says whether it was

@@ -13,7 +13,7 @@ use crate::database::Document;
 use crate::host::Host;
 use crate::journal::{Journal, PoolVolume};
 use crate::libvirt::volume::VolumeNames;
-use crate::libvirt::{Connection, Domain, InUse};
+use crate::libvirt::{Connection, InUse};
 use crate::{Error, ErrorKind, Result, bridge, durable, tombstone};
 
 /// Stops and undefines the domain called `name`, which must have this `uuid`.
@@ -26,7 +26,8 @@ pub fn domain(connection: &Connection, name: &VmName, uuid: Option<&str>) -> Res
     // a definition.
     for _ in 0..3 {
         let Some(domain) = connection.domain(name)? else { return Ok(()) };
-        if !has_uuid(&domain, uuid)? {
+        let found = domain.uuid()?;
+        if !uuid.is_some_and(|uuid| found.eq_ignore_ascii_case(uuid)) {
             return Err(Error::new(
                 ErrorKind::Conflict,
                 format!("a domain called {name} was defined by somebody else while the VM was being made or removed"),
@@ -43,53 +44,31 @@ pub fn domain(connection: &Connection, name: &VmName, uuid: Option<&str>) -> Res
     }
 }
 
-fn has_uuid(domain: &Domain, uuid: Option<&str>) -> Result<bool> {
-    let found = domain.uuid()?;
-    Ok(uuid.is_some_and(|uuid| found.eq_ignore_ascii_case(uuid)))
-}
-
 /// Removes what of a VM that is gone, as `stone` says, has come back since: calls to libvirt that were given up are carried out
-/// late. Returns what that was. The caller holds the VM's lock, and there is no journal of that name.
-///
-/// What somebody has brought back on purpose is left alone: a VM with a live record, and a domain with its disk. A call that comes
-/// late makes one thing, and that of a VM that was never handed over: see [`tombstone`].
+/// late. Returns what that was, in words. The caller holds the VM's lock, and there is no journal of that name.
 ///
 /// # Errors
 /// When libvirt cannot be asked or refuses.
-pub fn late(host: &Host, connection: &Connection, stone: &Journal) -> Result<Vec<String>> {
-    let name = &stone.vm_name;
-    let mut removed = Vec::new();
-    if host.database().read()?.raw_record(name).is_some_and(Document::stands_for_a_vm) {
-        return Ok(removed);
+pub fn late(host: &Host, connection: &Connection, stone: Journal) -> Result<Option<String>> {
+    let live = host.database().read()?.raw_record(&stone.vm_name).is_some_and(Document::stands_for_a_vm);
+    let there = connection.domain(&stone.vm_name)?.map(|domain| domain.uuid()).transpose()?;
+    // A pool that is gone brings nothing back.
+    let exists = |volume: &PoolVolume| match connection.pool(&volume.pool) {
+        Ok(pool) => pool.is_taken(&volume.name),
+        Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Conflict) => Ok(false),
+        Err(error) => Err(error),
+    };
+    let Some(returned) = tombstone::returned(stone, there.as_deref(), live, exists)?.filter(|found| !found.restored)
+    else {
+        return Ok(None);
+    };
+    let what = returned.what();
+    let stone = Journal { volumes: returned.volumes, ..returned.stone };
+    domain(connection, &stone.vm_name, stone.domain_uuid.as_deref())?;
+    if !stone.volumes.is_empty() {
+        volumes(connection, &stone)?;
     }
-    let mut volumes = Vec::new();
-    for PoolVolume { pool, name } in &stone.volumes {
-        // A pool that is gone brings nothing back.
-        match connection.pool(pool) {
-            Ok(pool) if pool.is_taken(name)? => volumes.push(format!("volume {name}")),
-            Ok(_) => {}
-            Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    if tombstone::may_be_restored(stone) && !volumes.is_empty() {
-        return Ok(removed);
-    }
-    let uuid = tombstone::uuid_of(stone);
-    match connection.domain(name)? {
-        Some(found) if has_uuid(&found, uuid.as_deref())? => {
-            domain(connection, name, uuid.as_deref())?;
-            removed.push(format!("domain {name}"));
-        }
-        // Of a VM that got the name since, like the volumes.
-        Some(_) => return Ok(removed),
-        None => {}
-    }
-    if !volumes.is_empty() {
-        self::volumes(connection, stone)?;
-        removed.extend(volumes);
-    }
-    Ok(removed)
+    Ok(Some(what))
 }
 
 /// Deletes the journal's volumes, and with the console log its rotated parts. Returns what the domains that are left use.

@@ -9,7 +9,7 @@ use provisioner_contract::VmName;
 use crate::host::Host;
 use crate::libvirt::Domain;
 use crate::libvirt::domain_xml::Facts;
-use crate::libvirt::tuning::{self, Direction, Reach};
+use crate::libvirt::tuning::{self, Direction, Reach, Scheduler};
 use crate::limits::{self, CpuController, InForce, Limit, Limits};
 use crate::ownership::OwnDomain;
 use crate::{Error, ErrorKind, Result, power};
@@ -226,55 +226,62 @@ impl<'a> Tuned<'a> {
     /// bring a VM back that is destroyed by then. A change of values finds no domain in that case.
     fn reset(&self, wanted: &Limits, done: &mut BTreeSet<Limit>) -> Result<()> {
         // The definition first: a VM that is stopped meanwhile must not start with a limit that was said to be gone.
-        for place in [Reach::Config, Reach::Live] {
-            let there = match place {
-                Reach::Live => self.active,
-                _ => self.domain.is_persistent()?,
-            };
-            if there {
-                self.clear(wanted, place)?;
-            }
+        let mut places = Vec::new();
+        if self.domain.is_persistent()? {
+            places.push((Reach::Config, self.domain.scheduler(Reach::Config)?));
         }
-        done.extend(Limit::ALL.into_iter().filter(|limit| wanted.get(*limit).is_none()));
-        self.apply(wanted, done)
-    }
-
-    /// Takes away what is limited in `place` and not among what is `wanted`.
-    fn clear(&self, wanted: &Limits, place: Reach) -> Result<()> {
+        if self.active {
+            places.push((Reach::Live, self.domain.scheduler(Reach::Live)?));
+        }
         let unnamed = |limit| wanted.get(limit).is_none();
-        let now = self.domain.scheduler(place)?;
-        let default = self.cpu.to_libvirt(limits::DEFAULT_SHARES);
-        // libvirt cannot forget a share that was written down. The default of this host in its place means the same.
-        if unnamed(Limit::CpuShares) && now.shares.is_some_and(|shares| shares != default) {
-            self.domain.set_cpu_shares(default, place)?;
+        if unnamed(Limit::CpuShares) {
+            let default = self.cpu.to_libvirt(limits::DEFAULT_SHARES);
+            for (place, now) in &places {
+                // libvirt cannot forget a share that was written down. The default of this host in its place means the same.
+                if now.shares.is_some_and(|shares| shares != default) {
+                    self.domain.set_cpu_shares(default, *place)?;
+                }
+            }
+            done.insert(Limit::CpuShares);
         }
         if unnamed(Limit::CpuQuota) {
-            match place {
-                Reach::Live => {
-                    let capped = limits::quota_percent(now.global.0, now.global.1, self.vcpus).is_some()
-                        || limits::quota_percent(now.per_vcpu.0, now.per_vcpu.1, 1).is_some()
-                        || limits::quota_percent(now.emulator.0, now.emulator.1, 1).is_some();
-                    if capped || now.global.1 != limits::QUOTA_PERIOD {
-                        self.domain.set_cpu_quota(None, limits::QUOTA_PERIOD, place)?;
-                    }
-                }
-                _ => self.domain.forget_cpu_quotas(&now)?,
+            for (place, now) in &places {
+                self.clear_cpu_quota(*place, now)?;
             }
+            done.insert(Limit::CpuQuota);
         }
         // Those that are wanted are set afterwards, whatever else these disks were limited to.
-        for disk in &self.disks {
-            self.domain.clear_block_io_tune(disk, place)?;
+        for (disk, (place, _)) in self.disks.iter().flat_map(|disk| places.iter().map(move |place| (disk, place))) {
+            self.domain.clear_block_io_tune(disk, *place)?;
         }
-        for interface in self.interfaces {
-            let (to_guest, from_guest) = self.domain.bandwidth(interface, place)?;
+        done.extend([Limit::IopsRead, Limit::IopsWrite].into_iter().filter(|limit| unnamed(*limit)));
+        for (interface, (place, _)) in
+            self.interfaces.iter().flat_map(|mac| places.iter().map(move |place| (mac, place)))
+        {
+            let (to_guest, from_guest) = self.domain.bandwidth(interface, *place)?;
             for (limit, direction, in_force) in
                 [(Limit::BandwidthIn, Direction::In, to_guest), (Limit::BandwidthOut, Direction::Out, from_guest)]
             {
                 // Without this look a host without traffic control could not reset what it cannot have set.
                 if unnamed(limit) && in_force > 0 {
-                    self.domain.set_bandwidth(interface, direction, 0, None, place)?;
+                    self.domain.set_bandwidth(interface, direction, 0, None, *place)?;
                 }
             }
+        }
+        done.extend([Limit::BandwidthIn, Limit::BandwidthOut].into_iter().filter(|limit| unnamed(*limit)));
+        self.apply(wanted, done)
+    }
+
+    /// Takes away the quota of which `now` was read in `place`.
+    fn clear_cpu_quota(&self, place: Reach, now: &Scheduler) -> Result<()> {
+        if place == Reach::Config {
+            return self.domain.forget_cpu_quotas(now);
+        }
+        let capped = limits::quota_percent(now.global.0, now.global.1, self.vcpus).is_some()
+            || limits::quota_percent(now.per_vcpu.0, now.per_vcpu.1, 1).is_some()
+            || limits::quota_percent(now.emulator.0, now.emulator.1, 1).is_some();
+        if capped || now.global.1 != limits::QUOTA_PERIOD {
+            self.domain.set_cpu_quota(None, limits::QUOTA_PERIOD, place)?;
         }
         Ok(())
     }

@@ -10,13 +10,12 @@
 //! whoever brings it back brings that first, or a record. So of a destroyed VM only a domain without its disk is removed.
 
 use std::fs;
-use std::io::ErrorKind as Io;
 use std::path::PathBuf;
 
 use provisioner_contract::{Timestamp, VmName};
 use uuid::Uuid;
 
-use crate::journal::{self, Journal, Operation};
+use crate::journal::{self, Journal, Operation, PoolVolume};
 use crate::paths::Directories;
 use crate::{Error, ErrorKind, Result, durable};
 
@@ -39,10 +38,56 @@ pub fn set(dirs: &Directories, journal: &Journal) -> Result<()> {
     durable::write_atomic(&path, &bytes, 0o660)
 }
 
-/// Whether the VM was handed over to its owner, so that there may be a backup that somebody restores.
-#[must_use]
-pub fn may_be_restored(stone: &Journal) -> bool {
-    stone.operation != Operation::Create
+/// Something of a VM that is gone has come back.
+#[derive(Debug)]
+pub struct Returned {
+    /// The VM.
+    pub stone: Journal,
+    /// Whether its domain is there again.
+    pub domain: bool,
+    /// Those of its volumes that are there again.
+    pub volumes: Vec<PoolVolume>,
+    /// Whether it looks as if somebody has restored it from a backup: then nothing of it is to be removed.
+    pub restored: bool,
+}
+
+impl Returned {
+    /// In words what has come back.
+    #[must_use]
+    pub fn what(&self) -> String {
+        let domain = self.domain.then(|| format!("domain {}", self.stone.vm_name));
+        let volumes = self.volumes.iter().map(|volume| format!("volume {}", volume.name));
+        domain.into_iter().chain(volumes).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Whether something of the VM has come back. `domain` is the UUID of the domain that has its name now, `live` whether a record says
+/// that there is such a VM, `exists` whether there is a volume.
+///
+/// # Errors
+/// Those of `exists`.
+pub fn returned(
+    stone: Journal,
+    domain: Option<&str>,
+    live: bool,
+    mut exists: impl FnMut(&PoolVolume) -> Result<bool>,
+) -> Result<Option<Returned>> {
+    let uuid = uuid_of(&stone);
+    let own = domain.is_some() && domain.map(str::to_ascii_lowercase) == uuid;
+    // Name and volumes are those of another VM by now, or of this one again.
+    if live || domain.is_some() && !own {
+        return Ok(None);
+    }
+    let mut volumes = Vec::new();
+    for volume in &stone.volumes {
+        if exists(volume)? {
+            volumes.push(volume.clone());
+        }
+    }
+    // Only a VM that was handed over is in anybody's backup.
+    let handed_over = stone.operation != Operation::Create;
+    let restored = handed_over && !volumes.is_empty();
+    Ok((own || !volumes.is_empty() && !handed_over).then_some(Returned { stone, domain: own, volumes, restored }))
 }
 
 /// The domain's UUID in the form libvirt gives it in.
@@ -68,15 +113,8 @@ pub fn all(dirs: &Directories) -> Result<Vec<Journal>> {
 }
 
 fn files(dirs: &Directories) -> Result<Vec<(String, PathBuf)>> {
-    let dir = dirs.tombstones();
-    let entries = match fs::read_dir(&dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == Io::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io("read directory", &dir, e)),
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(|e| Error::io("read directory", &dir, e))?;
+    for entry in durable::entries(&dirs.tombstones())? {
         let file = entry.file_name();
         // A name may contain dots, a UUID does not.
         let parts = file.to_str().and_then(|file| file.strip_suffix(".json")).and_then(|stem| stem.rsplit_once('.'));
@@ -125,6 +163,31 @@ mod tests {
         let mut journal = Journal::begin(Operation::Destroy, &name, "blockhost-vm-destroy", uuid, "br0").unwrap();
         journal.domain_uuid = Some(uuid.to_owned());
         journal
+    }
+
+    #[test]
+    fn what_came_late_is_told_from_what_was_restored_and_from_another_vm() {
+        let uuid = "0b1f8d0e-6f0e-4c38-9a53-000000000001";
+        let volume = PoolVolume { pool: "blockhost".into(), name: "web.qcow2".into() };
+        let look = |operation, domain: Option<&str>, live, there| {
+            let stone = Journal { operation, volumes: vec![volume.clone()], ..journal("web", uuid) };
+            let found = returned(stone, domain, live, |_| Ok(there)).unwrap();
+            found.map(|found| (found.what(), found.restored))
+        };
+        let (create, destroy) = (Operation::Create, Operation::Destroy);
+        let (domain, both) = ("domain web".to_owned(), "domain web, volume web.qcow2".to_owned());
+        let upper = uuid.to_uppercase();
+        for operation in [create, destroy] {
+            assert_eq!(look(operation, Some(&upper), false, false), Some((domain.clone(), false)));
+            // Of a VM that there is, or of another one with its name.
+            assert_eq!(look(operation, Some(uuid), true, true), None);
+            assert_eq!(look(operation, Some("0b1f8d0e-6f0e-4c38-9a53-000000000002"), false, true), None);
+            assert_eq!(look(operation, None, false, false), None);
+        }
+        assert_eq!(look(create, None, false, true), Some(("volume web.qcow2".to_owned(), false)));
+        assert_eq!(look(create, Some(uuid), false, true), Some((both.clone(), false)));
+        assert_eq!(look(destroy, None, false, true), None);
+        assert_eq!(look(destroy, Some(uuid), false, true), Some((both, true)));
     }
 
     #[test]

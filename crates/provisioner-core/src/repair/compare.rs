@@ -18,7 +18,6 @@ use crate::journal::Operation;
 use crate::libvirt::metadata::Metadata;
 use crate::libvirt::survey::Surveyed;
 use crate::libvirt::volume::VolumeNames;
-use crate::recovery::Returned;
 
 /// All differences: those of the whole first, then those of each VM by its name.
 pub(super) fn findings(host: &Host, look: &Look) -> Vec<Finding> {
@@ -148,7 +147,8 @@ impl Comparison<'_> {
 
     /// What is nobody's any more: never a VM whose record is lost.
     fn returned(&mut self) {
-        for Returned { stone, what, .. } in self.look.returned.iter().filter(|returned| !returned.restored) {
+        for returned in &self.look.returned {
+            let (stone, what) = (&returned.stone, returned.what());
             let name = stone.vm_name.as_str();
             if self.look.is_busy(name) || self.look.journals.iter().any(|(of, _)| of.as_str() == name) {
                 continue;

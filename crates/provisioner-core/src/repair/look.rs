@@ -1,6 +1,6 @@
 //! One consistent look at everything that is compared.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind as Io;
 use std::net::IpAddr;
@@ -16,8 +16,8 @@ use crate::journal::{Journal, PoolVolume};
 use crate::libvirt::survey::{Survey, Surveyed};
 use crate::libvirt::{Connection, bounded};
 use crate::lock::{Holder, ProvisioningLock, VmLock};
-use crate::recovery::{self, Returned};
-use crate::{Error, ErrorKind, Result, host_route, ownership, tombstone};
+use crate::tombstone::{self, Returned};
+use crate::{Error, ErrorKind, Result, host_route, ownership};
 
 /// A host with hundreds of domains is described within a second; a QEMU that hangs may hold one of them up.
 const SURVEY_LIMIT: Duration = Duration::from_secs(60);
@@ -76,7 +76,7 @@ pub(super) struct Look {
     /// Backing files of the pool's volumes that do not exist.
     pub gone: BTreeSet<PathBuf>,
     pub journals: Vec<(VmName, Result<Journal>)>,
-    /// What has come back of VMs that are gone.
+    /// What has come back late of VMs that are gone.
     pub returned: Vec<Returned>,
     /// The addresses of journals.
     pub claims: BTreeSet<IpAddr>,
@@ -100,7 +100,7 @@ impl Look {
 
     /// Whether something of a VM of that name has come back.
     pub fn has_returned(&self, name: &str) -> bool {
-        self.returned.iter().any(|returned| !returned.restored && returned.stone.vm_name.as_str() == name)
+        self.returned.iter().any(|returned| returned.stone.vm_name.as_str() == name)
     }
 
     pub fn is_busy(&self, name: &str) -> bool {
@@ -246,20 +246,19 @@ fn returned(
     volumes: &[(String, Option<PathBuf>)],
     records: &Records,
 ) -> Result<Vec<Returned>> {
-    let stones = tombstone::all(&host.dirs)?;
-    if stones.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut domains = HashMap::new();
-    for domain in &survey.domains {
-        domains.insert(domain.name().to_owned(), domain.domain.uuid()?);
-    }
-    // Without the database it cannot be told which volumes are a VM's again.
-    let live = |name: &VmName| match records {
-        Records::Read(document) => document.raw_record(name).is_some_and(Document::stands_for_a_vm),
-        Records::Missing | Records::Unreadable(_) => true,
-    };
     let here: BTreeSet<&str> = volumes.iter().map(|(name, _)| name.as_str()).collect();
-    let exists = |volume: &PoolVolume| volume.pool == host.settings.storage_pool && here.contains(&*volume.name);
-    Ok(recovery::returned(stones, &domains, live, exists))
+    let mut found = Vec::new();
+    for stone in tombstone::all(&host.dirs)? {
+        let name = &stone.vm_name;
+        let domain = survey.domain(name.as_str()).map(|domain| domain.domain.uuid()).transpose()?;
+        // Without the database it cannot be told which VMs are there again.
+        let live = match records {
+            Records::Read(document) => document.raw_record(name).is_some_and(Document::stands_for_a_vm),
+            Records::Missing | Records::Unreadable(_) => true,
+        };
+        let exists =
+            |volume: &PoolVolume| Ok(volume.pool == host.settings.storage_pool && here.contains(&*volume.name));
+        found.extend(tombstone::returned(stone, domain.as_deref(), live, exists)?.filter(|found| !found.restored));
+    }
+    Ok(found)
 }
