@@ -278,3 +278,41 @@ fn it_needs_neither_libvirt_nor_root_and_waits_for_nobody() {
     assert_eq!(checks["state-directories"].0, "ok", "{:?}", checks["state-directories"]);
     assert_eq!(checks["root-agent"].0, if lab.ipv6() { "fail" } else { "ok" }, "{:?}", checks["root-agent"]);
 }
+
+/// The command sees a `/dev` of its own in which `/dev/kvm` is root's alone, as where no udev has run. libvirtd sees its own.
+fn where_kvm_is_roots(lab: &Lab, program: &str, arguments: &[&str]) -> common::Outcome {
+    const SETUP: &str = "d=$1; shift; mount -t tmpfs tmpfs \"$d\" && for n in null zero random urandom; do : > \"$d/$n\" \
+        && mount --bind /dev/$n \"$d/$n\" || exit 99; done; : > \"$d/kvm\"; chmod 600 \"$d/kvm\"; \
+        mount --rbind \"$d\" /dev && exec \"$@\"";
+    let dev = lab.dir.join("dev");
+    fs::create_dir_all(&dev).unwrap();
+    let inner = lab.command(program);
+    let mut outer = std::process::Command::new("unshare");
+    outer.args(["--mount", "sh", "-c", SETUP, "sh"]).arg(&dev).arg(inner.get_program()).args(arguments);
+    for (name, value) in inner.get_envs() {
+        match value {
+            Some(value) => outer.env(name, value),
+            None => outer.env_remove(name),
+        };
+    }
+    outer.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    finish(outer.spawn().unwrap())
+}
+
+#[test]
+fn a_kvm_that_qemus_user_cannot_open_is_told_by_doctor_and_create() {
+    let lab = Lab::new(Guest::Blank);
+    let told = where_kvm_is_roots(&lab, "blockhost-provisioner-doctor", &["--json"]);
+    let report: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    let check = report["checks"].as_array().unwrap().iter().find(|check| check["check"] == "kvm-access").unwrap();
+    assert_eq!(check["level"], "fail", "{check:#}");
+    assert!(check["text"].as_str().unwrap().contains("libvirt-qemu cannot open it"), "{check:#}");
+    assert!(check["remedy"].as_str().unwrap().contains("chgrp kvm /dev/kvm"), "{check:#}");
+
+    let vm = lab.name("slow");
+    let plan = ["--owner-wallet", common::WALLET, "--disk", "4"];
+    let planned = where_kvm_is_roots(&lab, "blockhost-vm-create", &[&[vm.as_str()][..], &plan].concat()).success();
+    assert!(planned.stderr.contains("libvirt-qemu cannot open it"), "{planned:#?}");
+    let usual = lab.run("blockhost-vm-create", &[&[vm.as_str()][..], &plan].concat()).success();
+    assert!(!usual.stderr.contains("cannot open it"), "{usual:#?}");
+}

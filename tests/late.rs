@@ -157,7 +157,22 @@ fn a_start_that_comes_after_the_destroy_starts_nothing() {
     }
 }
 
-/// A VM that is off, with a record and metadata.
+/// Undefining a domain that runs leaves it running, without a definition: it must not keep a disk that is deleted.
+#[test]
+fn a_start_that_falls_between_power_off_and_undefine_leaves_nothing() {
+    let lab = Lab::new(Guest::Blank);
+    let proxy = Proxy::new(&lab);
+    let vm = vm_that_is_off(&lab, "between");
+    proxy.hold(&[Request::UndefineDomain]);
+    let child = lab.by(&proxy, "blockhost-vm-destroy", &[&vm]).spawn().unwrap();
+    proxy.wait_for_held();
+    virsh(&["start", &vm]);
+    proxy.release();
+    finish(child).success();
+    lab.assert_no_traces("after a start in the middle of a destroy");
+}
+
+/// A VM that is off, with a record and a disk, as the earlier provisioner made them.
 fn vm_that_is_off(lab: &Lab, name: &str) -> String {
     let vm = lab.name(name);
     lab.add_legacy_vm(&vm, &lab.address(0));

@@ -221,7 +221,13 @@ fn limits_survive_stop_and_start_and_can_be_set_while_a_vm_is_off() {
     let begun = Instant::now();
     let frozen = throttle(&lab, &vm, &["--cpu-quota", "42", "--iops-write", "72"]);
     let took = begun.elapsed();
+    // A reset that comes to the disk tells what it has taken away before.
+    let halfway = throttle(&lab, &vm, &["--reset", "--cpu-quota", "42"]);
     output("kill", &["-CONT", &pid]);
+    let halfway = halfway.fails_with(1);
+    for part in ["set and in force: cpu-shares;", "not set: cpu-quota, iops-read", "no answer within"] {
+        assert!(halfway.reason().contains(part), "{part:?}: {halfway:#?}");
+    }
     let frozen = frozen.fails_with(1);
     for part in ["set and in force: cpu-quota;", "not set: iops-write", "no answer within"] {
         assert!(frozen.reason().contains(part), "{part:?}: {frozen:#?}");
