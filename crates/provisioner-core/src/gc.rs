@@ -384,7 +384,8 @@ impl Run<'_> {
             let stone = returned.stone;
             if returned.restored {
                 let why = format!(
-                    "{why}, with its disk: if it was restored, blockhost-provisioner-repair --apply registers it"
+                    "{why}, with its disk: if it was restored, correct its status in the database; if not: blockhost-vm-destroy {}",
+                    stone.vm_name
                 );
                 self.report.kept.push(GcKept { name: stone.vm_name.to_string(), why });
             } else {

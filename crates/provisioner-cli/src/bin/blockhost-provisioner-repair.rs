@@ -9,7 +9,8 @@ use provisioner_core::{Error, ErrorKind};
 
 /// Find what has drifted apart between the VM database, libvirt, volumes, addresses and host routes, and mend it.
 ///
-/// No domain, volume or record is ever removed: what would need that is reported with the command to use.
+/// No domain, volume or record of a VM is ever removed: what would need that is reported with the command to use. What libvirt
+/// brings back late of a VM that was removed already is removed again.
 #[derive(Parser)]
 #[command(
     name = "blockhost-provisioner-repair",
